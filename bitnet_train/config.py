@@ -1,0 +1,136 @@
+"""Where the YAML is, how `+recipe=NAME` is found, and how a YAML node becomes a checked object.
+
+    recipes/NAME.yaml   is registered in Hydra's ConfigStore (group "recipe", package _global_) before Hydra runs, because
+                        Hydra names a group after its folder and would look for conf/recipe/. This works the same in a
+                        checkout, in an installed wheel and in sweeps, and a user's own recipes still come by --config-dir.
+    _target_: a.b.C     names a frozen dataclass; `build` merges the node into its fields, so that unknown keys and wrong
+                        types are errors before anything runs, and the ranges are checked by the class itself.
+"""
+
+import difflib
+import importlib
+import os
+import time
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bitnet_train.errors import UserError
+
+_PACKAGE = Path(__file__).parent
+_START = time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _data_folder(name: str) -> Path:
+    """conf/ or recipes/: beside the package in a checkout, inside it in a wheel."""
+    installed = _PACKAGE / "_data" / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+CONF_DIR = _data_folder("conf")
+RECIPES_DIR = _data_folder("recipes")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def register() -> None:
+    """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
+    for path in RECIPES_DIR.glob("*.yaml"):
+        ConfigStore.instance().store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+
+
+def run_id() -> str:
+    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start."""
+    return os.environ.get("SLURM_JOB_ID", _START)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has, whatever its stage. Sizes in rows, intervals in optimizer steps; see conf/train.yaml."""
+
+    recipe_name: str
+    run_dir: str
+    init_from: str | None
+    resume: str
+    seed: int
+    max_steps: int | None
+    max_tokens: int | None
+    max_epochs: float | None
+    global_batch_size: int
+    micro_batch_size: int
+    checkpoint_every: int
+    keep_last: int
+    log_every: int
+    val_every: int
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "log_every", "val_every"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("max_steps", "max_tokens", "max_epochs"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        if (self.max_steps, self.max_tokens, self.max_epochs) == (None, None, None):
+            raise UserError("set max_steps, max_tokens or max_epochs: the run has no end")
+        if self.keep_last < 0:
+            raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def run_config(config: DictConfig) -> RunConfig:
+    """The run's own fields, with every group's node left out."""
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    own = {key: value for key, value in config.items() if key not in groups}
+    if own.get("recipe_name") is None:
+        raise UserError(f"no recipe was chosen; add +recipe=NAME with one of {', '.join(recipe_names())}")
+    built = _structured(RunConfig, own, "")
+    assert isinstance(built, RunConfig)
+    return built
+
+
+def build(node: DictConfig, name: str) -> Any:
+    """The frozen dataclass that the node's `_target_` names, made of the node's other keys.
+
+    Raises:
+        UserError: there is no such class, a key is unknown or missing, or a value has the wrong type or range.
+    """
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    target = str(values.pop("_target_", ""))
+    module, _, attribute = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{name}._target_ must name a class, got {target!r}: {error}") from error
+    if not is_dataclass(cls):
+        raise UserError(f"{name}._target_ must name a dataclass of this package, got {target!r}")
+    return _structured(cls, values, f"{name}.")
+
+
+def _structured(cls: Any, values: dict[Any, Any], prefix: str) -> Any:
+    known = {field.name: field for field in fields(cls)}
+    for key in values:
+        if key not in known:
+            hint = difflib.get_close_matches(str(key), known, n=1)
+            raise UserError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{hint[0]}?" if hint else ""))
+    for key, field in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if key not in values and required:
+            raise UserError(f"{prefix}{key} is missing")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{prefix}{error.full_key or ''}: {message}") from error

@@ -1,0 +1,1 @@
+"""From files to batches: rows, conversations, token ids, packing, order."""

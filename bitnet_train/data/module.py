@@ -1,0 +1,239 @@
+"""From paths to batches: the data configurations (text, chat, preference) and the LightningDataModule that serves them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from bitnet_train.data.chat import encode_chat, encode_pair
+from bitnet_train.data.order import MicroBatches
+from bitnet_train.data.packing import PackedRows, PairRows, StreamRows
+from bitnet_train.data.preference import pair_of
+from bitnet_train.data.sources import Row, located, messages_of, read_rows, text_of
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+
+Paths = str | list[str]
+LONG_ROWS = ("drop", "truncate", "error")
+_ENCODE_AT_ONCE = 1024  # documents per call of the tokenizer, which spreads them over the cores
+
+
+class Rows(Protocol):
+    """Rows of token ids that a loader can index, and the function that makes a batch of them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def collate(self, rows: Any, /) -> Any:
+        """A batch of what `__getitem__` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Data(ABC):
+    """What every kind of data is configured by.
+
+    Attributes:
+        train: files, globs, folders or hub ids; required to train.
+        val: the same for validation; null validates nothing.
+        tokenizer: a folder with tokenizer.json; null takes the one that comes with init_from.
+        sequence_length: positions per row, in tokens.
+        num_workers: processes that make batches beside the training process.
+        cache_dir: where results that outlive a run are kept, such as DPO's reference.
+    """
+
+    sequence_length: int
+    train: Any = None
+    val: Any = None
+    tokenizer: str | None = None
+    num_workers: int = 0
+    cache_dir: str = "~/.cache/bitnet_train"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise UserError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
+
+    @abstractmethod
+    def rows(self, paths: Paths, tokenizer: Tokenizer) -> Rows:
+        """Reads, tokenizes and arranges what the paths hold."""
+
+
+@dataclass(frozen=True)
+class TextData(_Data):
+    """Documents for pre-training: `text` of every row, joined to a stream and cut every sequence_length tokens."""
+
+    def rows(self, paths: Paths, tokenizer: Tokenizer) -> StreamRows:
+        """BOS + document + EOS, one after the other."""
+        documents = [
+            [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            for texts in _batched(map(text_of, read_rows(paths)))
+            for ids in tokenizer.encode_batch(texts)
+        ]
+        return StreamRows(documents, self.sequence_length, tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class _LongRows(_Data):
+    """Rows that are kept whole need a rule for those that do not fit: drop, truncate (at the end) or error."""
+
+    long_rows: str = "drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.long_rows not in LONG_ROWS:
+            raise UserError(f"data.long_rows must be one of {', '.join(LONG_ROWS)}, got {self.long_rows!r}")
+
+
+@dataclass(frozen=True)
+class ChatData(_LongRows):
+    """Conversations for SFT, packed to rows, loss on what the assistant says (`train_on`: assistant, last or all)."""
+
+    train_on: str = "assistant"
+
+    def rows(self, paths: Paths, tokenizer: Tokenizer) -> PackedRows:
+        """Every conversation in the tokenizer's chat template."""
+        fitting = _Fitting(self.sequence_length + 1, self.long_rows)
+        ids, trained = [], []
+        for row in read_rows(paths):
+            with located(row):
+                chat = encode_chat(messages_of(row), tokenizer, self.train_on)
+            kept = fitting.length(row, len(chat.input_ids))
+            if any(chat.trained[1:kept]):
+                ids.append(chat.input_ids[:kept])
+                trained.append(chat.trained[:kept])
+        fitting.report(paths, len(ids))
+        return PackedRows(ids, trained, self.sequence_length, tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class PreferenceData(_LongRows):
+    """Pairs of completions of one prompt for DPO."""
+
+    def rows(self, paths: Paths, tokenizer: Tokenizer) -> PairRows:
+        """Prompt and completions in the tokenizer's chat template."""
+        fitting = _Fitting(self.sequence_length + 1, self.long_rows)
+        prompts, chosen, rejected = [], [], []
+        for row in read_rows(paths):
+            with located(row):
+                prompt, good, bad = encode_pair(pair_of(row), tokenizer)
+            room = fitting.length(row, len(prompt) + max(len(good), len(bad))) - len(prompt)
+            if room > 0:
+                prompts.append(prompt)
+                chosen.append(good[:room])
+                rejected.append(bad[:room])
+        fitting.report(paths, len(prompts))
+        return PairRows(prompts, chosen, rejected, tokenizer.pad_token_id)
+
+
+class _Fitting:
+    """Applies the rule for rows longer than `capacity` ids, and says in one line what it cost."""
+
+    def __init__(self, capacity: int, rule: str) -> None:
+        self.capacity, self.rule = capacity, rule
+        self.seen = self.long = self.lost = 0
+
+    def length(self, row: Row, length: int) -> int:
+        """How many ids of a row of this length are kept."""
+        self.seen += 1
+        if length <= self.capacity:
+            return length
+        if self.rule == "error":
+            raise UserError(
+                f"{row.where}: the row has {length} tokens, data.sequence_length allows {self.capacity}; raise it, or "
+                "set data.long_rows to drop or truncate"
+            )
+        kept = self.capacity if self.rule == "truncate" else 0
+        self.long, self.lost = self.long + 1, self.lost + length - kept
+        return kept
+
+    def report(self, paths: Paths, left: int) -> None:
+        """One line if anything was lost; an error if nothing is left."""
+        verb = "truncated" if self.rule == "truncate" else "dropped"
+        line = f"data: {paths}: {self.long} of {self.seen} rows {verb}, {self.lost} tokens lost"
+        if not left:
+            raise UserError(f"{line}: no row is left to train on; raise data.sequence_length above {self.capacity - 1}")
+        if self.long:
+            print(line, flush=True)
+
+
+def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _ENCODE_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class DataModule(L.LightningDataModule):
+    """Serves training rows in the order of `data.order`, and validation rows in their own.
+
+    Args:
+        config: one of the data configurations above.
+        tokenizer: what turns text into ids.
+        seed: of the order.
+        global_batch_size: rows per optimizer step over all ranks.
+        micro_batch_size: rows per forward pass.
+
+    Raises:
+        UserError: the sizes do not divide, a path holds nothing, or a row is wrong.
+    """
+
+    def __init__(
+        self, config: _Data, tokenizer: Tokenizer, seed: int, global_batch_size: int, micro_batch_size: int
+    ) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        if config.train is None:
+            raise UserError("data.train is not set; give a path, a glob or a hub id: data.train=rows.jsonl")
+        self.row_sets: dict[str, Rows] = {"train": config.rows(config.train, tokenizer)}
+        if config.val is not None:
+            self.row_sets["val"] = config.rows(config.val, tokenizer)
+        self.steps = self.first_step = 0
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where results that outlive the run are kept."""
+        return Path(self.config.cache_dir).expanduser()
+
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps that read every training row once."""
+        return len(self.row_sets["train"]) / self.global_batch_size
+
+    def micro_batches(self, rank: int, ranks: int) -> MicroBatches:
+        """The order in which a rank reads; `steps` and `first_step` bound it."""
+        per_pass = self.micro_batch_size * ranks
+        if self.global_batch_size % per_pass:
+            raise UserError(
+                f"global_batch_size must be a multiple of micro_batch_size times the number of ranks "
+                f"({self.micro_batch_size} x {ranks}), got {self.global_batch_size}"
+            )
+        count = len(self.row_sets["train"])
+        order = MicroBatches(
+            count, self.seed, self.global_batch_size, self.micro_batch_size, self.steps, rank, ranks
+        )
+        order.first_step = self.first_step
+        return order
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The rest of the run's micro-batches for this rank."""
+        assert self.trainer is not None
+        order = self.micro_batches(self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(self.row_sets["train"], batch_sampler=order)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """All validation rows in order, or nothing."""
+        if "val" not in self.row_sets:
+            return []
+        return self._loader(self.row_sets["val"], batch_size=self.micro_batch_size)
+
+    def _loader(self, rows: Rows, **how: Any) -> DataLoader[Any]:
+        collate: Callable[[Sequence[Any]], Any] = rows.collate
+        assert isinstance(rows, Sized)
+        return DataLoader(rows, collate_fn=collate, num_workers=self.config.num_workers, **how)  # type: ignore[arg-type]

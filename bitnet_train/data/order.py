@@ -1,0 +1,76 @@
+"""Which sample stands at position p of the run: a pure function of (seed, p, number of samples). No buffer, no state.
+
+    epoch = p // n      i = p % n      sample = permutation(seed, epoch)(i)
+
+The permutation is a balanced Feistel network over the smallest domain 4^b >= n, walked until it lands below n: it needs no memory, so
+that it works for any number of samples, and every rank and worker computes the same. (Black and Rogaway, "Ciphers with arbitrary
+finite domains", CT-RSA 2002, the cycle-walking and Feistel constructions; round function: splitmix64's finaliser.)
+"""
+
+from collections.abc import Iterator
+
+_MASK64 = (1 << 64) - 1
+_ROUNDS = 4
+
+
+def mix64(x: int) -> int:
+    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): 64 bits in, 64 well mixed bits out."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def permuted(index: int, count: int, key: int) -> int:
+    """The image of `index` under the key's permutation of range(count)."""
+    half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    value = index
+    while True:
+        left, right = value >> half_bits, value & mask
+        for round_number in range(_ROUNDS):
+            left, right = right, left ^ (mix64(mix64(key + round_number) ^ right) & mask)
+        value = left << half_bits | right
+        if value < count:
+            return value
+
+
+def sample_at(position: int, count: int, seed: int) -> int:
+    """The sample at a position of the run: epochs follow each other, each in an order of its own."""
+    epoch, index = divmod(position, count)
+    return permuted(index, count, mix64(mix64(seed) ^ epoch))
+
+
+class MicroBatches:
+    """The micro-batches of one rank, from an optimizer step on to the end of the run: a batch sampler.
+
+    In every optimizer step, micro-batch m of rank r reads the positions
+    step * G + (m * ranks + r) * B + [0, B), with G = global_batch_size and B = micro_batch_size: the ranks together read
+    the same samples in the same order, however many they are.
+
+    Attributes:
+        first_step: the optimizer step to start from; set before a resumed run iterates.
+    """
+
+    def __init__(
+        self, count: int, seed: int, global_batch_size: int, micro_batch_size: int, steps: int, rank: int, ranks: int
+    ) -> None:
+        self.count, self.seed = count, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.steps, self.rank, self.ranks = steps, rank, ranks
+        self.first_step = 0
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches that one rank contributes to an optimizer step (gradient accumulation)."""
+        return self.global_batch_size // (self.micro_batch_size * self.ranks)
+
+    def __len__(self) -> int:
+        """Micro-batches from `first_step` to the end."""
+        return (self.steps - self.first_step) * self.per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.first_step * self.per_step, self.steps * self.per_step):
+            step, micro = divmod(number, self.per_step)
+            start = step * self.global_batch_size + (micro * self.ranks + self.rank) * self.micro_batch_size
+            yield [sample_at(start + i, self.count, self.seed) for i in range(self.micro_batch_size)]

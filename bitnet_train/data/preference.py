@@ -1,0 +1,112 @@
+"""Preference pairs: one prompt, the answer that people preferred and the one that they did not.
+
+    explicit    {"prompt", "chosen", "rejected"}      chosen and rejected may repeat the prompt
+    implicit    {"chosen", "rejected"}                the prompt is what both begin with
+
+Each is a string or a message list. Strings in the form of Anthropic's transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...")
+are read as messages.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitnet_train.data.readers import Fields
+from bitnet_train.data.sources import Message, Row, as_message, as_messages, check_order, located, with_system
+from bitnet_train.errors import UserError
+
+_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt, which ends with a user message, and two different answers, one assistant message each."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def pair_of(row: Row) -> Pair:
+    """The preference pair of a row.
+
+    Raises:
+        UserError: a field is missing, empty or no text; the answers are equal, or not one assistant message each; the
+            prompt does not end with a user message; NUL bytes or lone surrogates.
+    """
+    with located(row):
+        for field in ("chosen", "rejected"):
+            if row.fields.get(field) is None:
+                raise UserError(f"no field {field!r}; the row has {', '.join(row.fields) or 'no fields'}")
+        pair = _explicit(row.fields) if row.fields.get("prompt") is not None else _implicit(row.fields)
+        return _checked(pair)
+
+
+def _explicit(fields: Fields) -> Pair:
+    prompt = with_system(fields, _messages("user", fields["prompt"], "prompt"))
+    chosen, rejected = (_messages("assistant", fields[field], field) for field in ("chosen", "rejected"))
+    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return Pair(prompt, chosen, rejected)
+    whole = _split_messages(with_system(fields, chosen), with_system(fields, rejected))
+    if whole.prompt[-len(prompt) :] != prompt:
+        raise UserError(
+            "chosen and rejected repeat another prompt than the field prompt; make them agree or drop the row"
+        )
+    return whole
+
+
+def _implicit(fields: Fields) -> Pair:
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str) and not _TRANSCRIPT_TURN.match(chosen):
+        return _split_strings(fields, chosen, rejected)
+    return _split_messages(
+        *(with_system(fields, _messages("assistant", fields[field], field)) for field in ("chosen", "rejected"))
+    )
+
+
+def _messages(role: str, value: object, field: str) -> list[Message]:
+    if isinstance(value, str) and _TRANSCRIPT_TURN.match(value):
+        turns = _TRANSCRIPT_TURN.split(value)[1:]  # role, text, role, text, ...
+        named = zip(turns[::2], turns[1::2], strict=True)
+        return [as_message(_TRANSCRIPT_ROLES[name], text.strip(), field) for name, text in named]
+    return as_messages(role, value, field)
+
+
+def _split_messages(chosen: list[Message], rejected: list[Message]) -> Pair:
+    shared = _shared(chosen, rejected)
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _split_strings(fields: Fields, chosen: str, rejected: str) -> Pair:
+    """The prompt is the shared beginning, back to its last white space."""
+    words = chosen[: _shared(chosen, rejected)]
+    shared = len(words) - len(re.split(r"\s", words)[-1])
+    prompt = as_message("user", chosen[:shared], "the prompt, what chosen and rejected both begin with,")
+    answer, other = (
+        as_message("assistant", text[shared:], name) for text, name in ((chosen, "chosen"), (rejected, "rejected"))
+    )
+    return Pair(with_system(fields, [prompt]), [answer], [other])
+
+
+def _shared(left: Sequence[object], right: Sequence[object]) -> int:
+    """How many elements two sequences have in common from the start."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def _checked(pair: Pair) -> Pair:
+    check_order(pair.prompt)
+    if _said(pair.chosen) == _said(pair.rejected):
+        raise UserError("chosen and rejected are equal, so there is nothing to prefer; drop the row")
+    for field, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if [message["role"] for message in answer] != ["assistant"]:
+            roles = ", ".join(message["role"] for message in answer) or "nothing"
+            raise UserError(f"{field} must be one assistant message after the shared prompt, got {roles}; drop the row")
+    if not pair.prompt or pair.prompt[-1]["role"] != "user":
+        raise UserError("the prompt must end with a user message; add it as the field prompt, or drop the row")
+    return pair
+
+
+def _said(answer: Sequence[Message]) -> list[str]:
+    return [message["content"].strip() for message in answer]

@@ -1,0 +1,177 @@
+"""What one file holds, as a stream of (number, fields): five formats, three compressions, nothing else in memory.
+
+    .txt            1, {"text": the whole file}
+    .jsonl .json    line number, the object on the line (blank lines are skipped)
+    .parquet .arrow row number, the row
+
+each also as .gz, .xz or .zst. `pyarrow`, which comes with `datasets`, is imported when a file needs it.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from bitnet_train.errors import UserError
+
+Fields = dict[str, object]
+Numbered = Iterator[tuple[int, Fields]]
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
+_ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
+
+
+def read_file(file: str) -> Numbered:
+    """Streams (number, fields) of a file of a known format; numbers count lines or rows from 1.
+
+    Raises:
+        UserError: an unknown format, a line that is no JSON object, bytes that are no UTF-8, a damaged file.
+    """
+    read, open_bytes = _READERS[format_of(file)], _OPENERS[_suffixes(file)[1]]
+    try:
+        with open_bytes(file) as stream:
+            yield from read(stream, file)
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # pyarrow's are OSError and ValueError
+        raise UserError(f"{file}: cannot be read, it may be damaged ({error})") from None
+
+
+def format_of(file: str) -> str:
+    """The format's suffix, as .jsonl for a/b.jsonl.gz. Raises UserError where it is unknown."""
+    if not is_readable(file):
+        raise UserError(f"{file}: unknown format {_suffixes(file)[0]!r}; {FORMATS} are read")
+    return _suffixes(file)[0]
+
+
+def is_readable(file: str) -> bool:
+    """Whether the name ends as one of a known format."""
+    return _suffixes(file)[0] in _READERS
+
+
+def type_name(value: object) -> str:
+    """The type of a JSON value in words, for messages."""
+    name = type(value).__name__
+    return _TYPE_NAMES.get(name, name)
+
+
+def _suffixes(file: str) -> tuple[str, str]:
+    """Format and compression: a/b.jsonl.gz -> (.jsonl, .gz); either may be empty."""
+    path = Path(file)
+    compression = path.suffix.lower() if path.suffix.lower() in _OPENERS else ""
+    return Path(path.stem if compression else path.name).suffix.lower(), compression
+
+
+def _read_text(stream: io.BufferedIOBase, file: str) -> Numbered:
+    text = _decode(stream.read(), file)
+    if text.strip():
+        yield 1, {"text": text}
+
+
+def _read_json_lines(stream: io.BufferedIOBase, file: str) -> Numbered:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield number, _json_object(line, f"{file}:{number}")
+
+
+def _json_object(line: bytes, where: str) -> Fields:
+    text = _decode(line, where)
+    hint = "; a JSON array becomes lines with: jq -c '.[]'" if text.startswith("[") else ""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: the line is no JSON ({error}); write one object per line{hint}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: the line is {type_name(value)}; write one object per line{hint}")
+    return value
+
+
+def _decode(data: bytes, where: str) -> str:
+    if data.startswith(_UTF16):
+        raise UserError(f"{where}: the byte order mark says UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte, position = data[error.start], error.start
+        raise UserError(f"{where}: byte 0x{byte:02x} at {position} is not UTF-8; convert the file with iconv") from None
+
+
+def _read_parquet(stream: io.BufferedIOBase, file: str) -> Numbered:
+    from pyarrow import parquet
+
+    with _seekable(stream) as seekable:
+        yield from _table_rows(parquet.ParquetFile(seekable).iter_batches(batch_size=_ROWS_AT_ONCE))
+
+
+def _read_arrow(stream: io.BufferedIOBase, file: str) -> Numbered:
+    """Both containers: the stream that `datasets` writes, and the file (Feather 2), which begins with ARROW1."""
+    from pyarrow import ipc
+
+    with _seekable(stream) as seekable:
+        is_file = seekable.read(6) == b"ARROW1"
+        seekable.seek(0)
+        reader = ipc.open_file(seekable) if is_file else ipc.open_stream(seekable)
+        yield from _table_rows(map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+
+
+class _RecordBatch(Protocol):
+    def to_pylist(self) -> list[Fields]: ...
+
+
+def _table_rows(batches: Iterable[_RecordBatch]) -> Numbered:
+    return enumerate((fields for batch in batches for fields in batch.to_pylist()), start=1)
+
+
+@contextmanager
+def _seekable(stream: io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
+    """The stream itself if it is a plain file, else what it decompresses to, in a temporary file."""
+    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO):
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy)
+        copy.seek(0)
+        yield copy
+
+
+def _open_plain(file: str) -> io.BufferedIOBase:
+    return open(file, "rb")
+
+
+def _open_gzip(file: str) -> io.BufferedIOBase:
+    return gzip.open(file, "rb")
+
+
+def _open_xz(file: str) -> io.BufferedIOBase:
+    return lzma.open(file, "rb")
+
+
+def _open_zstd(file: str) -> io.BufferedIOBase:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+
+
+_OPENERS: Mapping[str, Callable[[str], io.BufferedIOBase]] = {
+    "": _open_plain,
+    ".gz": _open_gzip,
+    ".xz": _open_xz,
+    ".zst": _open_zstd,
+}
+_READERS: Mapping[str, Callable[[io.BufferedIOBase, str], Numbered]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+FORMATS = f"{' '.join(_READERS)} (also with .gz .xz .zst)"  # as messages name them

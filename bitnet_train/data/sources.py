@@ -1,0 +1,242 @@
+"""Rows of files, one at a time, and the texts and conversations that they hold.
+
+    file | glob | folder | hub id  ->  files in sorted order  ->  Row(file, number, fields)  ->  text | messages
+
+What cannot be read, or is none of the known shapes, raises a UserError that names the file and the row.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from bitnet_train.data.readers import FORMATS, Fields, Numbered, format_of, is_readable, read_file, type_name
+from bitnet_train.errors import UserError
+
+_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+_METADATA = {"dataset_dict.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside its .arrow files
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Message(TypedDict):
+    """One turn of a conversation; role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file; `number` counts lines or rows from 1."""
+
+    file: str
+    number: int
+    fields: Fields
+
+    @property
+    def where(self) -> str:
+        """file:number, as messages name it."""
+        return f"{self.file}:{self.number}"
+
+
+@contextmanager
+def located(row: Row) -> Iterator[None]:
+    """Puts the file and the number of the row in front of a UserError from the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from None
+
+
+def read_rows(paths: str | Sequence[str]) -> Iterator[Row]:
+    """Streams the rows of all files that the paths name, in the order of `expand`; `readers` lists the formats.
+
+    Raises:
+        UserError: what `expand` raises, at once; while reading, what `read_file` raises and a file without rows.
+    """
+    files = expand(paths)
+    return (row for file in files for row in _rows_of(file))
+
+
+def _rows_of(file: str) -> Iterator[Row]:
+    row = None
+    for number, fields in _read_hub(file) if _is_hub_id(file) else read_file(file):
+        row = Row(file, number, fields)
+        yield row
+    if row is None:
+        raise UserError(f"{file}: the file holds no rows; fill it or take it out of the data paths")
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """The files and hub ids that paths, globs and folders name, sorted and once each: the same on every machine.
+
+    A folder stands for the files of known formats in it, at any depth, hidden ones left out. A name that is no local
+    path but reads like owner/name[:config][@split] is a data set of the Hugging Face hub (split: train).
+
+    Raises:
+        UserError: a path or a glob that matches nothing, a file of an unknown format.
+    """
+    names = [paths] if isinstance(paths, str) else paths
+    files = sorted({file for name in names for file in _expand_one(str(name))})
+    if not files:
+        raise UserError("no data path was given; name a file, a glob, a folder or a hub id")
+    return files
+
+
+def _expand_one(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_file():
+        format_of(name)
+        return [name]
+    if _is_hub_id(name):
+        return [name]
+    if path.is_dir():
+        files = [str(file) for file in path.rglob("*") if _is_data(file, path)]
+        missing = f"the folder holds no file of {FORMATS}"
+    else:
+        files = [file for match in glob.glob(name, recursive=True) for file in _expand_one(match)]
+        missing = "no such file or folder, and as a glob it matches nothing"
+    if not files:
+        raise UserError(f"{name}: {missing}; check the path (a hub id is owner/name)")
+    return files
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return is_readable(file.name) and not hidden and file.name not in _METADATA and file.is_file()
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not is_readable(name) and not Path(name).exists()
+
+
+def _read_hub(name: str) -> Numbered:
+    """Streams a data set of the hub; none that brings code of its own (`datasets` >= 4 runs none)."""
+    import datasets
+
+    match = _HUB_ID.fullmatch(name)
+    assert match is not None
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
+        yield from enumerate(map(dict, rows), start=1)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: no such local path, and the hub gave no data ({type(error).__name__}: {error}); "
+            "check the path, or write a hub id as owner/name:config@split"
+        ) from None
+
+
+def text_of(row: Row) -> str:
+    """The document of a row: its field "text". It may be empty, as in data sets that mark gaps by empty rows.
+
+    Raises:
+        UserError: no such field, no string, NUL bytes or lone surrogates.
+    """
+    with located(row):
+        if "text" not in row.fields:
+            raise UserError(f'no field "text"; the row has {_names(row.fields)}')
+        return _check_characters(row.fields["text"], "text")
+
+
+def messages_of(row: Row) -> list[Message]:
+    """The conversation of a row, in any of the shapes that people have:
+
+        {"messages": [{"role", "content"}]}      {"conversations": [{"from", "value"}]} (ShareGPT)
+        {"instruction", "input", "output"}       {"prompt", "completion"}, strings or message lists
+
+    A field "system" beside any of them comes first. Roles: system, user (human), assistant (gpt).
+
+    Raises:
+        UserError: no known shape; empty, null or non-text content; an unknown role; a system message that is not first;
+            no assistant message; NUL bytes or lone surrogates.
+    """
+    with located(row):
+        messages = with_system(row.fields, _conversation(row.fields))
+        check_order(messages)
+        if all(message["role"] != "assistant" for message in messages):
+            raise UserError("the conversation has no assistant message, so there is nothing to learn; drop the row")
+        return messages
+
+
+def _conversation(fields: Fields) -> list[Message]:
+    """The first shape whose fields are there and not null."""
+    present = {name for name, value in fields.items() if value is not None}
+    for name in ("messages", "conversations"):
+        if name in present:
+            return parse_messages(fields[name], name)
+    if {"instruction", "output"} <= present:
+        question = check_text(fields["instruction"], "instruction")
+        if fields.get("input"):
+            question += "\n\n" + check_text(fields["input"], "input")
+        return [Message(role="user", content=question), as_message("assistant", fields["output"], "output")]
+    if {"prompt", "completion"} <= present:
+        return as_messages("user", fields["prompt"], "prompt") + as_messages(
+            "assistant", fields["completion"], "completion"
+        )
+    raise UserError(
+        "no conversation: looked for messages, conversations, instruction + output and prompt + completion; "
+        f"the row has {_names(fields)}"
+    )
+
+
+def as_message(role: str, value: object, field: str) -> Message:
+    """A message of one string."""
+    return Message(role=role, content=check_text(value, field))
+
+
+def as_messages(role: str, value: object, field: str) -> list[Message]:
+    """A message list as it is, or a string as one message of the role."""
+    return parse_messages(value, field) if isinstance(value, list) else [as_message(role, value, field)]
+
+
+def parse_messages(value: object, field: str) -> list[Message]:
+    """A list of {"role", "content"} or {"from", "value"} as messages. Raises UserError that names the message."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{field} must be a list of messages, got {type_name(value) if value else 'an empty list'}")
+    return [_parse_message(entry, f"{field}[{index}]") for index, entry in enumerate(value)]
+
+
+def _parse_message(entry: object, where: str) -> Message:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where} must be an object with role and content, got {type_name(entry)}")
+    role_key, content_key = ("from", "value") if "from" in entry else ("role", "content")
+    role = entry.get(role_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise UserError(f"{where}.{role_key} must be one of {', '.join(_ROLES)}, got {role!r}")
+    return as_message(_ROLES[role], entry.get(content_key), f"{where}.{content_key}")
+
+
+def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+    """The messages with the row's field "system", if it has one, in front."""
+    system = fields.get("system")
+    return [as_message("system", system, "system"), *messages] if system else messages
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises UserError unless a system message stands first or not at all."""
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise UserError("a system message must be the first and the only one; merge or drop the others")
+
+
+def check_text(value: object, field: str) -> str:
+    """The value if it is text that a model can learn. Raises UserError that names the field."""
+    text = _check_characters(value, field)
+    if not text.strip():
+        raise UserError(f"{field} is empty; drop the row")
+    return text
+
+
+def _check_characters(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{field} must be a string, got {type_name(value)}")
+    if "\0" in value or _SURROGATE.search(value):
+        raise UserError(f"{field} holds NUL bytes or lone surrogates, which are no text; clean or drop the row")
+    return value
+
+
+def _names(fields: Fields) -> str:
+    return ", ".join(fields) or "no fields"

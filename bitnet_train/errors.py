@@ -1,0 +1,26 @@
+"""What a user got wrong, said in one line.
+
+A command ends with exit code 0 (done), 2 (the user's configuration or data is wrong: one line, no traceback) or
+anything else (a failure of ours: the traceback). `UserError` is how any part of the package asks for code 2.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85
+
+
+class UserError(ValueError):
+    """A wrong configuration, file or row. The message names the file, the field or row, the rule, the value, the remedy."""
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command-line entry point and turns its outcome into an exit code (see the module's text)."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,85 @@
+"""Likelihood of held-out text.
+
+    nll            - sum log p(token) / tokens                nats per token
+    perplexity     exp(nll)
+    bits_per_byte  - sum log2 p(token) / bytes of the text    comparable between tokenizers, and with a compressor
+
+Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context allows; every
+token but BOS is predicted once, EOS included. Of conversations the answers alone count, with their end-of-turn token.
+"""
+
+import math
+from itertools import islice
+from typing import TypedDict
+
+import torch
+
+from bitnet_train.data.module import ChatData, Rows, TextData
+from bitnet_train.data.sources import messages_of, read_rows, text_of
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+from bitnet_train.losses import IGNORE_INDEX, cross_entropy_sum
+from bitnet_train.model.decoder import BitNetForCausalLM
+
+_ROWS_AT_ONCE = 4
+
+
+class Likelihood(TypedDict):
+    """What `evaluate` measures; see the module's text."""
+
+    nll: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def evaluate(
+    model: BitNetForCausalLM, tokenizer: Tokenizer, paths: str | list[str], sequence_length: int | None = None
+) -> Likelihood:
+    """The likelihood of documents, or of the answers of conversations, whichever the first row is.
+
+    Args:
+        model: any decoder, trained or imported.
+        tokenizer: the model's own.
+        paths: files, globs, folders or hub ids.
+        sequence_length: positions per row; the model's context if absent.
+    """
+    length = sequence_length or model.config.max_position_embeddings
+    if length > model.config.max_position_embeddings:
+        raise UserError(
+            f"--sequence-length must be at most the model's context ({model.config.max_position_embeddings}), got {length}"
+        )
+    if _holds_text(paths):
+        rows: Rows = TextData(sequence_length=length).rows(paths, tokenizer)
+        size = sum(len(text_of(row).encode()) for row in read_rows(paths))
+    else:
+        rows = ChatData(sequence_length=length, long_rows="truncate").rows(paths, tokenizer)
+        size = sum(_answer_bytes(messages_of(row)) for row in read_rows(paths))
+    nll_sum, tokens = total_nll(model, rows)
+    nll = nll_sum / tokens
+    bits_per_byte = nll_sum / math.log(2) / size
+    return Likelihood(nll=nll, perplexity=math.exp(nll), bits_per_byte=bits_per_byte, tokens=tokens, bytes=size)
+
+
+def _holds_text(paths: str | list[str]) -> bool:
+    first = next(islice(read_rows(paths), 1))
+    return "text" in first.fields
+
+
+def _answer_bytes(messages: list) -> int:  # type: ignore[type-arg]
+    return sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
+
+
+@torch.inference_mode()
+def total_nll(model: BitNetForCausalLM, rows: Rows) -> tuple[float, int]:
+    """-sum log p(label) in nats over all rows, and the number of labels."""
+    device = model.head_weight.device
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        batch = rows.collate([rows[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(rows)))])
+        ids, labels, positions, documents = (field.to(device) for field in batch)
+        hidden = model.model(ids, position_ids=positions, document_ids=documents)
+        total += float(cross_entropy_sum(hidden, model.head_weight, labels))
+        tokens += int((labels != IGNORE_INDEX).sum())
+    return total, tokens

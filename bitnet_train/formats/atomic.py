@@ -1,0 +1,70 @@
+"""Writing that happens wholly or not at all: a temporary sibling, fsync, rename.
+
+A reader sees the old content or the new one. An exception removes the temporary name; after a kill it stays, hidden
+(`.NAME.1a2b3c4d.tmp`), beside an untouched target.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bitnet_train.errors import UserError
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields a path to write; it becomes `target`, replacing a file there, when the block ends without an exception."""
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(target.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; it becomes `target` when the block ends without an exception.
+
+    A folder cannot be renamed onto a filled one, so an old `target` first moves aside and is deleted last.
+    """
+    temporary = _temporary(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        _fsync(temporary)
+        _replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync(target.parent)
+
+
+def _temporary(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: its folder cannot be made: {error.strerror}; give another name") from None
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    old = new.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

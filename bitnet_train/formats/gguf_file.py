@@ -1,0 +1,192 @@
+"""GGUF files: written through the gguf library, read back by a reader of our own.
+
+    header         "GGUF", version 3 (u32), number of tensors (u64), number of key-values (u64)
+    key-values     key (string), type (u32), value
+    tensor infos   name (string), number of dimensions (u32), dimensions (u64 each, innermost first), type (u32),
+                   offset from the start of the tensor data (u64)
+    padding        to a multiple of general.alignment (32)
+    tensor data    each tensor padded to the alignment
+
+    string         length (u64), UTF-8 bytes
+    array          type of the elements (u32), their number (u64), the elements
+
+All numbers are little endian. The reader shares nothing with the writer, for an export is verified with it; the gguf
+library's own reader refuses type 36. Source: ggml, docs/gguf.md.
+"""
+
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
+
+_ALIGNMENT = 32
+_VERSION = 3
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class LazyBlocks(NamedTuple):
+    """A tensor that is to be written: `load` makes its bytes when its turn has come; `shape` is `(out, in)`."""
+
+    kind: GGMLType
+    shape: tuple[int, ...]
+    load: Callable[[], bytes]
+
+
+def write_gguf(
+    path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
+) -> None:
+    """Writes a GGUF file with one tensor in memory at a time; `path` appears when it is whole.
+
+    Args:
+        path: the file, replaced if it exists.
+        architecture: general.architecture.
+        metadata: key-values. int is stored as uint32, float as float32; bool, str, list[str] and list[int] as they are.
+        tensors: the tensors by name, in the order of the file.
+    """
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        try:
+            for key, value in metadata.items():
+                _add(writer, key, value)
+            for name, (kind, shape, _) in tensors.items():
+                # int8 keeps the library from deriving a shape from the bytes, which it cannot do for type 36
+                number = cast(GGMLQuantizationType, int(kind))
+                writer.add_tensor_info(name, shape, np.dtype(np.int8), tensor_bytes(kind, shape), raw_dtype=number)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors.values():
+                writer.write_tensor_data(np.frombuffer(tensor.load(), dtype=np.int8))
+        finally:
+            writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: object) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        assert isinstance(value, list), (key, type(value))
+        writer.add_array(key, value)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: shape `(out, in)`, number of its type, offset from the start of the file in bytes."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class GGUFFile:
+    """A GGUF file, mapped into memory: `metadata` by key, `tensors` by name.
+
+    Raises:
+        UserError: the file is missing, no GGUF file of version 3, or cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+        try:
+            self.metadata, self.tensors = _Parser(self._data).parse()
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{path}: must be a whole GGUF file of version {_VERSION}: {error}; write it again"
+            ) from None
+
+    def kind(self, name: str) -> GGMLType:
+        """The type of a tensor.
+
+        Raises:
+            UserError: there is no such tensor, or its type is none of those that are written here.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: tensor {name!r} is missing; write the file again")
+        try:
+            return GGMLType(self.tensors[name].kind)
+        except ValueError:
+            known = ", ".join(f"{kind.name} ({int(kind)})" for kind in GGMLType)
+            raise UserError(
+                f"{self.path}: {name}: type must be one of {known}, got {self.tensors[name].kind}"
+            ) from None
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a tensor.
+
+        Raises:
+            UserError: there is no such tensor, its type is unknown here, or the file ends before it does.
+        """
+        size = tensor_bytes(self.kind(name), self.tensors[name].shape)
+        start = self.tensors[name].offset
+        if start + size > len(self._data):
+            raise UserError(
+                f"{self.path}: {name}: must end by byte {len(self._data)}, got {start + size}; the file is cut off"
+            )
+        return self._data[start : start + size]
+
+
+class _Parser:
+    """Reads the parts of a GGUF file before the tensor data, in order."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.position = data, 0
+
+    def parse(self) -> tuple[dict[str, object], dict[str, TensorInfo]]:
+        magic, version = self._take(4), self._integer("I")
+        if (magic, version) != (b"GGUF", _VERSION):
+            raise ValueError(f"it begins with {magic!r} and version {version}")
+        tensor_count, pair_count = self._integer("Q"), self._integer("Q")
+        metadata = {self._string(): self._value(self._integer("I")) for _ in range(pair_count)}
+        infos = dict(self._tensor_info() for _ in range(tensor_count))
+        alignment = cast(int, metadata.get("general.alignment", _ALIGNMENT))
+        base = -(-self.position // alignment) * alignment
+        return metadata, {name: TensorInfo(i.shape, i.kind, base + i.offset) for name, i in infos.items()}
+
+    def _take(self, size: int) -> bytes:
+        self.position += size
+        if self.position > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, before byte {self.position} of its header")
+        return self.data[self.position - size : self.position]
+
+    def _integer(self, code: str) -> int:
+        number: int = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+        return number
+
+    def _string(self) -> str:
+        return self._take(self._integer("Q")).decode()
+
+    def _value(self, kind: int) -> object:
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            element, count = self._integer("I"), self._integer("Q")
+            return [self._value(element) for _ in range(count)]
+        code = _SCALARS[kind]
+        return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+
+    def _tensor_info(self) -> tuple[str, TensorInfo]:
+        name = self._string()
+        dimensions = [self._integer("Q") for _ in range(self._integer("I"))]
+        kind, offset = self._integer("I"), self._integer("Q")
+        return name, TensorInfo(tuple(reversed(dimensions)), kind, offset)

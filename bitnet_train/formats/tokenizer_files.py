@@ -1,0 +1,174 @@
+"""The tokenizer of a model folder: which ids begin and stop a text, and what GGUF wants to know of it.
+
+tokenizer.json (Hugging Face tokenizers) holds a byte-level BPE: vocabulary, merges, added tokens, and the regular
+expression that cuts a text before merging. GGUF keeps the same facts under `tokenizer.ggml.*`, but only the NAME of the
+expression, `tokenizer.ggml.pre`: a wrong or absent name tokenises differently without an error (microsoft/BitNet#508).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.hf_folder import read_json
+
+BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE = {_LLAMA_3: "llama-bpe", "ByteLevel": "gpt-2"}  # ByteLevel's own expression is GPT-2's
+
+
+class TokenType(IntEnum):
+    """The numbers of `tokenizer.ggml.token_type` (llama.cpp, enum llama_token_type)."""
+
+    NORMAL = 1
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer files of a folder, with the config.json of its model.
+
+    Raises (every method):
+        UserError: a file is missing or damaged, or the tokenizer does not fit the model or GGUF.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """tokenizer.json."""
+        return self.folder / "tokenizer.json"
+
+    @cached_property
+    def _tokenizer(self) -> dict[str, Any]:
+        tokenizer = read_json(self.path)
+        if tokenizer.get("model", {}).get("type") != "BPE":
+            raise UserError(f"{self.path}: model.type must be BPE, got {tokenizer.get('model', {}).get('type')!r}")
+        return tokenizer
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        path = self.folder / "tokenizer_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each token, added ones included; empty where the folder has no tokenizer.json."""
+        if not self.path.is_file():
+            return {}
+        added = {token["content"]: token["id"] for token in self._tokenizer.get("added_tokens", [])}
+        return {**self._tokenizer["model"]["vocab"], **added}
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text; None where neither config.json nor the tokenizer has one."""
+        return next(iter(self._special("bos", BEGIN_OF_TEXT)), None)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text; None where neither config.json nor the tokenizer has one."""
+        return next(iter(self._special("eos", END_OF_TEXT)), None)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every id at which generation stops: the end of a text and, where the tokenizer has it, of a turn."""
+        turn = [self.ids[END_OF_TURN]] if END_OF_TURN in self.ids else []
+        return list(dict.fromkeys(self._special("eos", END_OF_TEXT) + turn))
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The template: chat_template.jinja, or the one in tokenizer_config.json (the one named default of several)."""
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def generation_ids(self) -> dict[str, int | list[int]]:
+        """The ids of generation_config.json: bos_token_id, and eos_token_id with every stop id."""
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids or None, "pad_token_id": self._pad_id}
+        return {name: value for name, value in ids.items() if value is not None}
+
+    def gguf_metadata(self) -> dict[str, object]:
+        """The `tokenizer.*` keys of a GGUF file, with as many tokens as the model's vocab_size."""
+        pre, (tokens, types) = self._pre_tokenizer(), self._tokens()
+        metadata: dict[str, object] = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": self._merges(),
+            "tokenizer.ggml.bos_token_id": self.bos_id,
+            "tokenizer.ggml.eos_token_id": self.eos_id,
+            "tokenizer.ggml.eot_token_id": self.ids.get(END_OF_TURN),
+            "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
+            "tokenizer.ggml.add_bos_token": self.bos_id is not None,
+            "tokenizer.chat_template": self.chat_template,
+        }
+        return {key: value for key, value in metadata.items() if value is not None}
+
+    @property
+    def _pad_id(self) -> int | None:
+        return next(iter(self._special("pad", None)), None)
+
+    def _special(self, role: str, usual: str | None) -> list[int]:
+        """The ids of a role: by config.json, else by tokenizer_config.json, else by the usual token's name."""
+        given = self.config.get(f"{role}_token_id")
+        if given is not None:
+            return [self._checked(id_, role) for id_ in (given if isinstance(given, list) else [given])]
+        token = self._tokenizer_config.get(f"{role}_token") or usual
+        name = token["content"] if isinstance(token, dict) else token
+        return [self.ids[name]] if name in self.ids else []
+
+    def _checked(self, id_: int, role: str) -> int:
+        size = self.config["vocab_size"]
+        if not 0 <= id_ < size:
+            raise UserError(f"{self.folder}/config.json: {role}_token_id must be below vocab_size ({size}), got {id_}")
+        return id_
+
+    def _tokens(self) -> tuple[list[str], list[int]]:
+        """Tokens and types in id order; ids that the tokenizer does not use become `[PAD<id>]`."""
+        size = self.config["vocab_size"]
+        if max(self.ids.values()) >= size:
+            raise UserError(
+                f"{self.path}: every id must be below the model's vocab_size ({size}), got {max(self.ids.values())}"
+            )
+        tokens = [f"[PAD{id_}]" for id_ in range(size)]
+        types = [TokenType.UNUSED] * size
+        for token, id_ in self.ids.items():
+            tokens[id_], types[id_] = token, TokenType.NORMAL
+        for added in self._tokenizer.get("added_tokens", []):
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        return tokens, [int(kind) for kind in types]
+
+    def _merges(self) -> list[str]:
+        """The merges, each as "left right"."""
+        merges = self._tokenizer["model"].get("merges")
+        if not merges:
+            raise UserError(f"{self.path}: model.merges must not be empty for GGUF, got {merges!r}")
+        return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+    def _pre_tokenizer(self) -> str:
+        """llama.cpp's name of the expression that cuts a text before merging."""
+        pre = self._tokenizer.get("pre_tokenizer") or {}
+        steps = pre.get("pretokenizers", [pre])
+        cuts = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+        cuts += ["ByteLevel" for step in steps if step.get("type") == "ByteLevel" and step.get("use_regex", True)]
+        byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
+        if not byte_level or len(cuts) != 1 or cuts[0] not in _PRE:
+            raise UserError(
+                f"{self.path}: pre_tokenizer must be LLaMA-3's or GPT-2's for GGUF, which keeps no other; got {pre}"
+            )
+        return _PRE[cuts[0]]

@@ -1,0 +1,86 @@
+"""Causal attention with grouped keys and values, over rows that may hold several documents, with an optional cache."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_train.model.bitlinear import linear, project
+from bitnet_train.model.config import BitNetConfig
+from bitnet_train.model.norm import RMSNorm
+from bitnet_train.model.rope import Rotation, rotate
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of the positions seen so far, each `(batch, kv_heads, seen, head_dim)`."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends new positions and returns all of them."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+@dataclass
+class KVCache:
+    """One `LayerCache` per decoder layer, made as the layers ask for it."""
+
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerCache:
+        """The cache of decoder layer `index`."""
+        return self.layers.setdefault(index, LayerCache())
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far."""
+        keys = self.layers[0].keys if self.layers else None
+        return 0 if keys is None else keys.shape[2]
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """True where a query may look at a key: same document and not later. `(batch, seq)` to bool `(batch, 1, seq, seq)`."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril()[:, None]
+
+
+class BitNetAttention(nn.Module):
+    """`(batch, seq, hidden)` to the same: o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v))."""
+
+    def __init__(self, config: BitNetConfig) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.attention_dropout
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = linear(config, config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = linear(config, config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = linear(config, config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = linear(config, config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`(batch, seq, heads * head_dim)` to `(batch, heads, seq, head_dim)`."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = map(self._heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k = rotate(q, by), rotate(k, by)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        causal = mask is None and q.shape[2] > 1
+        attended = F.scaled_dot_product_attention(
+            q,
+            k.repeat_interleave(self.groups, dim=1),
+            v.repeat_interleave(self.groups, dim=1),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        output: Tensor = self.o_proj(self.attn_sub_norm(attended.transpose(1, 2).flatten(2)))
+        return output

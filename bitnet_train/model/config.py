@@ -1,0 +1,99 @@
+"""The decoder's configuration: the fields of transformers' BitNetConfig, checked once, when it is made."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bitnet_train.errors import UserError
+
+HIDDEN_ACTS = ("relu2", "silu")
+
+
+@dataclass(frozen=True)
+class BitNetConfig:
+    """Shape of a BitNet decoder; defaults that the released config.json and transformers share are the released ones.
+
+    `quantize` is the one field that config.json holds elsewhere: as its `quantization_config`. Off, every BitLinear is
+    a plain Linear: the dense twin.
+
+    Raises:
+        UserError: a field is out of range; the message names it and the value.
+    """
+
+    vocab_size: int = 128256
+    hidden_size: int = 2560
+    intermediate_size: int = 6912
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 20
+    num_key_value_heads: int = 5
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    quantize: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size must be a multiple of model.num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.hidden_size}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_attention_heads must be even (rotary pairs), got {self.head_dim}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model.num_attention_heads must be a multiple of model.num_key_value_heads "
+                f"({self.num_key_value_heads}), got {self.num_attention_heads}"
+            )
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise UserError(f"model.hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}")
+        if not 0.0 <= self.attention_dropout < 1.0:
+            raise UserError(f"model.attention_dropout must lie in [0, 1), got {self.attention_dropout}")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def to_json(self) -> dict[str, Any]:
+        """config.json of a folder of master weights, as transformers reads it (bitnet-b1.58-2B-4T-bf16's keys)."""
+        shape = {name: value for name, value in asdict(self).items() if name != "quantize"}
+        config = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **shape}
+        if self.quantize:
+            # Without this key transformers loads the masters as a dense model, which is another function.
+            config["quantization_config"] = {
+                "quant_method": "bitnet",
+                "linear_class": "autobitlinear",
+                "quantization_mode": "online",
+            }
+        return config
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "BitNetConfig":
+        """Reads a config.json: ours, the released ones and transformers 5's own (rope_parameters).
+
+        Raises:
+            UserError: the model is no BitNet, or it has a feature that this decoder lacks.
+        """
+        if config.get("model_type") != "bitnet":
+            raise UserError(f"config.json: model_type must be 'bitnet', got {config.get('model_type')!r}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise UserError(f"config.json: rope scaling must be 'default' for this decoder, got {rope_type!r}")
+        known = {field.name for field in fields(cls)} - {"quantize"}
+        values = {name: value for name, value in config.items() if name in known and value is not None}
+        values.setdefault("num_key_value_heads", config.get("num_attention_heads", cls.num_attention_heads))
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        return cls(**values, quantize="quantization_config" in config)

@@ -1,0 +1,54 @@
+"""What a stage gives the training module, and what it may prepare before the first step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bitnet_train.model.decoder import BitNetForCausalLM
+
+Reduction = str  # "mean" or "sum"
+
+
+class StageOutput(NamedTuple):
+    """Sums over one micro-batch. The module adds them up over micro-batches and ranks and divides by the whole count.
+
+    `loss_sum` and `count` have shape (); `metrics` holds sums of the same kind, logged as sum / count.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Stage(ABC):
+    """A training objective.
+
+    `reduction` says what the gradient of an optimizer step is: "mean", the gradient of loss_sum / count over the global
+    batch, or "sum", of loss_sum itself. The logged loss is loss_sum / count in both cases.
+    """
+
+    reduction: Reduction
+
+    @abstractmethod
+    def step(self, model: BitNetForCausalLM, batch: Any) -> StageOutput:
+        """The sums of one micro-batch, with gradients."""
+
+    def prepare(  # noqa: B027  (most stages prepare nothing)
+        self,
+        model: BitNetForCausalLM,
+        rows: Mapping[str, Any],
+        cache_dir: Path,
+        precision: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Called once with the initial model and the named row sets (train and validation), before the first step.
+
+        Args:
+            model: the model that training starts from, on its device.
+            rows: what the data module reads, by name.
+            cache_dir: where results that outlive the run may be kept.
+            precision: makes the context in which the training step runs the model (autocast).
+        """

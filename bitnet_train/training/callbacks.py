@@ -1,0 +1,138 @@
+"""What happens between optimizer steps: saving, stopping when asked, and telling the user how far the run is."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitnet_train.training.module import TrainingModule
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequested(Exception):
+    """The run was asked to stop and its state is saved; starting it again goes on."""
+
+
+class Checkpointing(L.Callback):
+    """Saves every `every` steps and when asked; stops when asked, with the state saved.
+
+    Asked means: a signal (the handler only sets a flag), or a file SAVE or STOP in the run directory. Everything happens at
+    a step boundary, after the validation of that step, so that a resumed run repeats nothing.
+
+    Args:
+        run_dir: where SAVE and STOP are looked for.
+        every: optimizer steps between checkpoints.
+        save: saves the state of the run.
+    """
+
+    def __init__(self, run_dir: Path, every: int, save: Callable[[], None]) -> None:
+        self.run_dir, self.every, self.save = run_dir, every, save
+        self._reason = ""
+        self._saved_step = -1
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Installs the signal handlers."""
+        self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Puts back the handlers that were there before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._reason = signal.Signals(number).name
+
+    def _asked_by_file(self, name: str) -> bool:
+        file = self.run_dir / name
+        asked = file.exists()
+        file.unlink(missing_ok=True)
+        return asked
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a run starts from is saved already, or not worth saving."""
+        assert isinstance(pl_module, TrainingModule)
+        self._saved_step = pl_module.step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """At a step boundary: saves if it is time or asked for, stops if asked to."""
+        assert isinstance(pl_module, TrainingModule)
+        if not pl_module.at_step_boundary:
+            return
+        if self._asked_by_file("STOP"):
+            self._reason = "STOP file"
+        due = pl_module.step % self.every == 0 and pl_module.step != self._saved_step
+        if self._asked_by_file("SAVE") or due or self._reason:
+            self._save(pl_module)
+        if self._reason:
+            raise StopRequested(self._reason)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last step is saved in any case."""
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.step != self._saved_step:
+            self._save(pl_module)
+
+    def _save(self, module: TrainingModule) -> None:
+        self.save()
+        self._saved_step = module.step
+
+
+class ProgressReport(L.Callback):
+    """Loss, tokens/s and time left: a bar on a terminal, otherwise a plain line at every log event."""
+
+    def __init__(self, print_line: Callable[[str], None]) -> None:
+        self.print_line = print_line
+        self._bar: Progress | None = None
+        self._shown: dict[str, float] = {}
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws the bar if somebody can see it."""
+        assert isinstance(pl_module, TrainingModule)
+        self._started, self._first_step = time.monotonic(), pl_module.step
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar.add_task("starting", total=pl_module.steps, completed=pl_module.step)
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar, or prints what was logged since."""
+        assert isinstance(pl_module, TrainingModule)
+        latest = pl_module.latest
+        if self._bar is not None and latest:
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.step, description=_summary(latest))
+        elif latest and latest is not self._shown:
+            self._shown = latest
+            done = pl_module.step - self._first_step
+            left = (time.monotonic() - self._started) / done * (pl_module.steps - pl_module.step)
+            self.print_line(f"step {pl_module.step}/{pl_module.steps}  {_summary(latest)}  {_duration(left)} left")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return f"loss {metrics['train/loss']:.4f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,153 @@
+"""Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
+
+    checkpoints/.tmp-<uuid>/state.pt        weights, optimizer, step, tokens, RNG: plain containers, loads with weights_only
+    checkpoints/.tmp-<uuid>/manifest.json   size and sha256 of every file, written last
+    checkpoints/step-000100/                the folder after its rename; `last` is a link to the newest
+
+The order is: files, manifest, fsync, rename, fsync of the parent. A kill at any moment leaves the earlier checkpoints as
+they were. Resuming takes the highest step whose manifest verifies, and renames one that does not to `.bad`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitnet_train.errors import UserError
+
+STATE, MANIFEST, LAST = "state.pt", "manifest.json", "last"
+_PREFIX, _TEMPORARY, _BAD = "step-", ".tmp-", ".bad"
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator of this process, as tensors, lists and strings."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
+    """Commits the state as `folder/step-<step>` and removes all but the newest `keep_last` checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    torch.save(state, temporary / STATE)
+    (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
+    for path in (temporary / STATE, temporary / MANIFEST, temporary):
+        _fsync(path)
+    target = folder / f"{_PREFIX}{step:06d}"
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _link_last(target)
+    _fsync(folder)
+    for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
+        shutil.rmtree(old)
+    return target
+
+
+def _link_last(target: Path) -> None:
+    link = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    link.symlink_to(target.name)
+    link.replace(target.parent / LAST)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def verifies(checkpoint: Path) -> bool:
+    """True if every file that the manifest names is there with its size and hash."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        return bool(manifest) and all(_entry(checkpoint / name) == entry for name, entry in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest intact checkpoint. Leftovers of killed saves are removed, damaged checkpoints renamed to `.bad`."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+    for checkpoint in reversed(_steps(folder)):
+        if verifies(checkpoint):
+            return checkpoint
+        bad = checkpoint.with_name(f"{checkpoint.name}{_BAD}")
+        shutil.rmtree(bad, ignore_errors=True)
+        checkpoint.rename(bad)
+    return None
+
+
+def find(folder: Path, resume: str) -> Path | None:
+    """The checkpoint that `resume` asks for: auto (the newest in `folder`, or none), never, or a path.
+
+    Raises:
+        UserError: the path is no checkpoint, or it is damaged.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest(folder)
+    checkpoint = Path(resume)
+    if not (checkpoint / STATE).is_file():
+        raise UserError(f"resume={resume}: no checkpoint there (a folder with {STATE}); give one, auto or never")
+    if not verifies(checkpoint):
+        raise UserError(f"resume={resume}: the checkpoint is damaged ({MANIFEST} does not verify); use resume=auto")
+    return checkpoint
+
+
+def load(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: it was made by a run whose `identity` (model, order of the data, batch) was another.
+    """
+    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+    differences = [
+        f"{key}: {state['identity'].get(key)} there, {value} now"
+        for key, value in identity.items()
+        if state["identity"].get(key) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{checkpoint}: made by another run ({'; '.join(differences)}); use another run_dir or resume=never"
+        )
+    return state

@@ -1,0 +1,56 @@
+"""metrics.jsonl: one JSON object per log event, kept over resumes."""
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+
+class JsonlLogger(Logger):
+    """Appends {"step": ..., "tokens": ..., name: value, ...} to a file. Always on; other loggers stand beside it."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        """What Lightning calls this logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """One file per run: there are no versions."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run's configuration is in .hydra/config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Appends one line and hands it to the operating system at once."""
+        with self.file.open("a") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Removes the lines of steps after `step`: a resumed run is going to make them again. A torn last line goes too."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w") as stream:
+        stream.writelines(f"{line}\n" for line in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,276 @@
+"""A run, from its configuration to the folder of its result.
+
+    start       weights and tokenizer (init_from, or fresh), data, stage
+    resume      the newest checkpoint of the run directory, if there is one
+    fit         Lightning's loop over `TrainingModule`
+    result      run_dir/model, an HF folder of master weights; status.json says how it ended
+"""
+
+import json
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from bitnet_train import config as configuration
+from bitnet_train.config import RunConfig
+from bitnet_train.data.module import DataModule
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+from bitnet_train.model.config import BitNetConfig
+from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
+from bitnet_train.training import checkpoint
+from bitnet_train.training.callbacks import Checkpointing, ProgressReport, StopRequested
+from bitnet_train.training.card import model_card
+from bitnet_train.training.loggers import JsonlLogger, forget_after
+from bitnet_train.training.module import TrainingModule
+
+log = logging.getLogger(__name__)
+
+_BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    settings: RunConfig
+    run_dir: Path
+    tokenizer: Tokenizer
+    data: DataModule
+    module: TrainingModule
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        config = self.module.model.config.to_json()
+        return {
+            "model": json.dumps(config, sort_keys=True),
+            "stage": type(self.module.stage).__name__,
+            "tokenizer": self.tokenizer.fingerprint,
+            "seed": self.settings.seed,
+            "global_batch_size": self.settings.global_batch_size,
+            "data.sequence_length": self.data.config.sequence_length,
+            "rows of data.train": len(self.data.row_sets["train"]),
+            "steps": self.module.steps,
+        }
+
+
+def run(settings: RunConfig, config: DictConfig) -> None:
+    """Trains as configured and leaves the result in run_dir/model.
+
+    Raises:
+        UserError: the configuration or the data is wrong.
+        StopRequested: the run was asked to stop; its state is saved.
+    """
+    _quiet_lightning()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    parts = _build(settings, config, run_dir)
+    _print_plan(parts)
+    if settings.dry_run:
+        return
+    write_status(run_dir, "running", parts.module.step)
+    try:
+        _fit(parts, config)
+        _save_result(parts)
+    except StopRequested as stop:
+        write_status(run_dir, "requeue", parts.module.step, str(stop))
+        raise
+    except BaseException as error:
+        write_status(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
+        raise
+    write_status(run_dir, "done", parts.module.step)
+
+
+def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
+    """status.json: running, done, requeue or failed."""
+    temporary = run_dir / ".status.json.tmp"
+    temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason}))
+    temporary.replace(run_dir / "status.json")
+
+
+def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
+    torch.manual_seed(settings.seed)
+    data_config = configuration.build(config.data, "data")
+    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config)
+    _check_sizes(model.config, data_config.sequence_length, tokenizer)
+    stage = configuration.build(config.stage, "stage")
+    optimizer = configuration.build(config.optimizer, "optimizer")
+    schedule = configuration.build(config.schedule, "schedule")
+    data = DataModule(
+        data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size
+    )
+    data.steps = total_steps(settings, data)
+    module = TrainingModule(model, stage, optimizer, schedule, data.steps, settings.log_every)
+    return Parts(settings, run_dir, tokenizer, data, module)
+
+
+def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> tuple[BitNetForCausalLM, Tokenizer]:
+    """Weights and tokenizer: those of init_from, or fresh weights and the tokenizer of data.tokenizer."""
+    if init_from is not None:
+        folder = source_folder(init_from, "init_from")
+        return load_for_training(folder), Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
+    if tokenizer is None:
+        raise UserError("data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR")
+    return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
+
+
+def _check_sizes(model: BitNetConfig, sequence_length: int, tokenizer: Tokenizer) -> None:
+    if sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length must be at most the model's max_position_embeddings "
+            f"({model.max_position_embeddings}), got {sequence_length}"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size must be at least the tokenizer's ({tokenizer.vocab_size}), got {model.vocab_size}"
+        )
+
+
+def total_steps(settings: RunConfig, data: DataModule) -> int:
+    """The first of the ends that are set, in optimizer steps; at least one."""
+    tokens_per_step = settings.global_batch_size * data.config.sequence_length
+    ends: list[float] = []
+    if settings.max_steps is not None:
+        ends.append(settings.max_steps)
+    if settings.max_tokens is not None:
+        ends.append(settings.max_tokens / tokens_per_step)
+    if settings.max_epochs is not None:
+        ends.append(settings.max_epochs * data.steps_per_epoch())
+    return max(1, int(min(ends)))
+
+
+def _print_plan(parts: Parts) -> None:
+    model, settings = parts.module.model, parts.settings
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = settings.global_batch_size * parts.data.config.sequence_length
+    log.info(
+        "%s: %s parameters, %d rows, %d steps of %d rows (up to %s tokens), %.2f epochs; "
+        "weights, gradients and optimizer take %.2f GB",
+        settings.recipe_name,
+        f"{parameters:,}",
+        len(parts.data.row_sets["train"]),
+        parts.module.steps,
+        settings.global_batch_size,
+        f"{tokens:,}",
+        parts.module.steps / parts.data.steps_per_epoch(),
+        parameters * _BYTES_PER_PARAMETER / 1e9,
+    )
+
+
+def _fit(parts: Parts, config: DictConfig) -> None:
+    folder = parts.run_dir / "checkpoints"
+    found = checkpoint.find(folder, parts.settings.resume)
+    state = checkpoint.load(found, parts.identity) if found else None
+    module, data = parts.module, parts.data
+    if state is not None:
+        module.step, module.tokens = state["step"], state["tokens"]
+        data.first_step = module.step
+        log.info("resuming from %s", found)
+    forget_after(parts.run_dir / "metrics.jsonl", module.step if state else -1)
+    if module.step == module.steps:
+        assert state is not None
+        module.model.load_state_dict(state["model"])
+        return
+    trainer = _trainer(parts, config, state)
+    trainer.fit(module, datamodule=data)
+    if module.step % parts.settings.val_every:
+        trainer.validate(module, datamodule=data, verbose=False)
+
+
+def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> L.Trainer:
+    settings, folder = parts.settings, parts.run_dir / "checkpoints"
+
+    def save() -> None:
+        checkpoint.save(folder, parts.module.step, _training_state(parts), settings.keep_last)
+
+    callbacks = [
+        _Restore(state),
+        Checkpointing(parts.run_dir, settings.checkpoint_every, save),
+        ProgressReport(log.info),
+        *instantiate(config.callbacks).values(),
+    ]
+    loggers = [JsonlLogger(parts.run_dir / "metrics.jsonl"), *instantiate(config.logger).values()]
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        max_steps=parts.module.steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0 if state else -1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=parts.run_dir,
+    )
+    per_step = parts.data.micro_batches(trainer.global_rank, trainer.world_size).per_step
+    trainer.accumulate_grad_batches = per_step
+    trainer.val_check_interval = settings.val_every * per_step
+    _count_as_done(trainer, parts.module.step, per_step)
+    return trainer
+
+
+def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
+    """Starts Lightning's totals at `step`, so that max_steps and the rhythm of validation count the whole run."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.batch_progress.total.ready = step * per_step
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
+def _training_state(parts: Parts) -> dict[str, Any]:
+    module = parts.module
+    return {
+        "identity": parts.identity,
+        "step": module.step,
+        "tokens": module.tokens,
+        "model": module.model.state_dict(),
+        "optimizer": module.trainer.optimizers[0].state_dict(),
+        "rng": checkpoint.rng_state(),
+    }
+
+
+class _Restore(L.Callback):
+    """Puts a checkpoint's weights, optimizer and RNG in place when the loop is about to start."""
+
+    def __init__(self, state: dict[str, Any] | None) -> None:
+        self.state = state
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.state is None:
+            return
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.model.load_state_dict(self.state["model"])
+        trainer.optimizers[0].load_state_dict(self.state["optimizer"])
+        checkpoint.set_rng_state(self.state["rng"])
+        self.state = None
+
+
+def _save_result(parts: Parts) -> None:
+    metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
+    card = model_card(parts.settings.recipe_name, parts.module.model.config, [json.loads(line) for line in metrics])
+    tokenizer = parts.tokenizer
+    special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
+    save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
+    log.info("done: %s", parts.run_dir / "model")
+
+
+def _quiet_lightning() -> None:
+    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")

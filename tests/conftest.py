@@ -1,0 +1,44 @@
+"""What all tests share: no network, nothing written to the home folder, fixed seeds, cheap tests first.
+
+Python's sockets reach loopback only (`--allow-hosts` in pyproject.toml); the variables below say the same to the
+libraries, and to the programs that tests start.
+"""
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+_HOME = tempfile.TemporaryDirectory(prefix="bitnet-train-tests-")
+os.environ |= {  # set before a test imports datasets, transformers or wandb, which read them once
+    "HF_HOME": _HOME.name,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+TESTS = Path(__file__).parent
+ORDER = {"unit": 0, "contract": 1, "parity": 2, "integration": 3}  # folders, from seconds to minutes
+
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.get(item.path.relative_to(TESTS).parts[0], len(ORDER)))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,51 @@
+"""The order of samples: a permutation per epoch, the same for any number of ranks, from any step on."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitnet_train.data.order import MicroBatches, permuted, sample_at
+
+
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_every_epoch_is_a_permutation(count: int, key: int) -> None:
+    assert sorted(permuted(i, count, key) for i in range(count)) == list(range(count))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def epoch(number: int, seed: int) -> list[int]:
+        return [sample_at(number * 100 + i, 100, seed) for i in range(100)]
+
+    orders = [epoch(0, 0), epoch(1, 0), epoch(0, 1)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(100)) for order in orders)
+
+
+def test_order_is_pinned() -> None:
+    """A change here makes every run that resumes read other samples."""
+    assert [sample_at(i, 10, 0) for i in range(20)] == [7, 2, 5, 4, 0, 8, 3, 9, 1, 6, 7, 5, 6, 9, 3, 8, 2, 4, 1, 0]
+
+
+def steps(ranks: int, micro: int, first_step: int = 0) -> list[list[int]]:
+    """Samples of every optimizer step, over all ranks, in the order of their positions."""
+    orders = [MicroBatches(10, 3, 8, micro, steps=6, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for order in orders:
+        order.first_step = first_step
+    batches = [list(order) for order in orders]
+    assert all(len(batch) == len(order) for batch, order in zip(batches, orders, strict=True))
+    per_step = orders[0].per_step
+    return [
+        [sample for m in range(per_step) for rank in range(ranks) for sample in batches[rank][step * per_step + m]]
+        for step in range(6 - first_step)
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
+def test_ranks_and_micro_batches_read_the_same_order(ranks: int, micro: int) -> None:
+    expected = [[sample_at(8 * step + i, 10, 3) for i in range(8)] for step in range(6)]
+    assert steps(ranks, micro) == expected
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 5])
+def test_going_on_reads_the_rest(first_step: int) -> None:
+    assert steps(2, 2, first_step) == steps(2, 2)[first_step:]

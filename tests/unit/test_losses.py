@@ -1,0 +1,51 @@
+"""losses.py against the plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bitnet_train import losses
+from bitnet_train.losses import IGNORE_INDEX, cross_entropy_sum, dpo_sigmoid_sum, token_logps
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(3, 7, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 7))
+    labels[0, :4] = labels[2] = IGNORE_INDEX
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("logits_per_chunk", [50, 200, 1 << 24])
+def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, logits_per_chunk: int) -> None:
+    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", logits_per_chunk)
+    hidden, weight, labels = problem()
+    loss = cross_entropy_sum(hidden, weight, labels)
+    plain = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, plain)
+    for got, want in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_token_logps_stand_where_their_labels_are() -> None:
+    hidden, weight, labels = problem()
+    logps = token_logps(hidden, weight, labels)
+    expected = (hidden @ weight.t()).log_softmax(dim=-1)
+    assert logps[labels == IGNORE_INDEX].eq(0).all()
+    assert torch.allclose(logps[1], expected[1].gather(-1, labels[1][:, None])[:, 0], atol=1e-5)
+
+
+def test_no_label_at_all_is_no_loss() -> None:
+    hidden, weight, labels = problem()
+    loss = cross_entropy_sum(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
+    loss.backward()
+    assert loss == 0.0
+
+
+def test_dpo_by_hand() -> None:
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])
+    by_hand = -(torch.sigmoid(torch.tensor(0.1)).log() + torch.sigmoid(torch.tensor(-0.5)).log())
+    assert dpo_sigmoid_sum(chosen, rejected, beta=0.1) == pytest.approx(float(by_hand))
+    assert dpo_sigmoid_sum(rejected, chosen, beta=0.1) < by_hand  # swapped: the second pair now is the right way round

@@ -4,20 +4,21 @@
 
     pretrain/english.jsonl      the topics of Python's help(), a document each
     pretrain/docstrings.jsonl   the standard library's docstrings, a document per module
-    pretrain/code.jsonl         the standard library's modules
-    pretrain/heldout.jsonl      topics that share no eight words in a row with any line of the three files above
-    sft/{train,heldout}.jsonl   rules of ruff: asked what one checks, or why its subject is bad, the page answers
-    dpo/{train,heldout}.jsonl   asked what a rule checks: "What it does" is chosen over "Why is this bad?"
-    tokenizer/                  byte-level BPE, trained on the training text above
-    summary.json                counts, bytes, and what xz -9 needs for the held-out text
+    pretrain/code.jsonl         modules of the standard library, 1 MB
+    pretrain/heldout.jsonl      topics that share no eight words in a row with anything in the three files above
+    sft/{train,heldout}.jsonl   asked what a rule of ruff checks, or why that is bad, the rule's page answers
+    dpo/{train,heldout}.jsonl   asked what a rule checks, "What it does" is chosen over "Why is this bad?"
+    tokenizer/                  byte-level BPE, trained on the training prose and conversations above
+    summary.json                counts, bytes, tokens, and what xz -9 needs for the held-out text
 
-Held out are whole families: texts that share eight words in a row stand on the same side. The same rules are held out for SFT
-and DPO. Everything follows from the versions of Python and ruff and from the options; nothing is done when they are unchanged.
+Texts that share eight words in a row stand on the same side of every split, and SFT and DPO hold out the same rules.
+All of it follows from the versions of Python and ruff and from the options; nothing is done where these are unchanged.
 """
 
 import argparse
 import ast
 import hashlib
+import importlib.metadata
 import json
 import lzma
 import platform
@@ -26,7 +27,9 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -37,17 +40,17 @@ from bitnet_train.errors import UserError, run_command
 from bitnet_train.formats.atomic import atomic_folder
 
 Texts = dict[str, str]  # name -> text
-JsonRow = Mapping[str, object]
 
-HELDOUT_BYTES = 48_000  # of held-out English; whole families, so that it is a little more
-HELDOUT_RULES = 10  # percent
-PASSAGE = 8  # words in a row that two texts must not share
-MAX_CODE_BYTES = 100_000  # larger modules are tables, or one author's style many times over
-MAX_CHAT_TOKENS = 512
+PASSAGE_WORDS = 8  # in a row, which texts on two sides of a split must not share
+HELDOUT_TOPICS = 48_000  # bytes of English that are held out, at least
+HELDOUT_PAGES = 45_000  # bytes of the rules' pages that are held out, about a tenth
+CODE_BYTES = 1_000_000
+MODULE_BYTES = 100_000  # longer modules are left out of the code
+CONTEXT = 512  # tokens of a conversation, at most
 
-# Parts of the standard library that are tests, generated, tables, other people's wheels, or the held-out text itself.
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "ensurepip", "pydoc_data", "turtledemo"}
-SKIPPED |= {"site-packages", "dist-packages", "__pycache__", "_sysconfigdata"}
+# Parts of the standard library that are tests, tables or other people's wheels, and the home of the topics.
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "pydoc_data"}
+SKIPPED |= {"site-packages", "dist-packages"}
 
 WHAT = (
     "What does the ruff rule `{name}` check?",
@@ -63,13 +66,90 @@ WHY = (
 )
 
 
+@dataclass(frozen=True)
+class Document:
+    """A row of pretrain/."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A row of sft/."""
+
+    rule: str
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A row of dpo/."""
+
+    rule: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What ruff says about one of its rules."""
+
+    rule: str
+    what: str
+    why: str
+
+
+Record = Document | Chat | Preference
+
+
+def passages(text: str) -> set[tuple[str, ...]]:
+    """All runs of eight words of a text, without case, punctuation and line breaks."""
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(*(words[start:] for start in range(PASSAGE_WORDS)), strict=False))
+
+
+def families(texts: Texts) -> list[list[str]]:
+    """Names in groups that share no passage with each other."""
+    family = {name: [name] for name in texts}
+    first: dict[tuple[str, ...], str] = {}
+    for name, text in texts.items():
+        for passage in passages(text):
+            ours, theirs = family[name], family[first.setdefault(passage, name)]
+            if ours is not theirs:
+                theirs += ours
+                family |= dict.fromkeys(ours, theirs)
+    return list({id(names): names for names in family.values()}.values())
+
+
+def hold_out(texts: Texts, enough: float) -> set[str]:
+    """Names of whole families, the largest excepted, until they hold `enough` bytes; the order is that of a hash."""
+
+    def size(names: Iterable[str]) -> int:
+        return sum(len(texts[name].encode()) for name in names)
+
+    groups = families(texts)
+    groups.remove(max(groups, key=size))
+    chosen: set[str] = set()
+    for names in sorted(groups, key=lambda names: digest(min(names))):
+        if size(chosen) < enough:
+            chosen |= set(names)
+    return chosen
+
+
+def digest(text: str) -> str:
+    """SHA-256, for choices that are the same everywhere."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def english() -> Texts:
-    """The topics of Python's help(), from the longest; those that longer ones repeat are left out."""
+    """The topics of Python's help(), without those that longer topics repeat for the most part."""
     kept: Texts = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         here = passages(topics[name])
-        if len(here & seen) < 0.5 * max(len(here), 1):
+        if 2 * len(here & seen) <= len(here):
             kept[name] = topics[name].strip()
             seen |= here
     return kept
@@ -83,9 +163,9 @@ def library() -> Texts:
 
 
 def docstrings(source: str) -> str:
-    """The docstrings of a module as prose: `name(arguments)`, then the docstring, indented as in Python's help()."""
+    """A module's docstrings as Python's help() shows them: `name(arguments)`, then the indented text."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escapes
         tree = ast.parse(source)
     return "\n\n".join([ast.get_docstring(tree) or "", *_documented(tree, "")]).strip()
 
@@ -94,59 +174,189 @@ def _documented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]
     for node in parent.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        text = ast.get_docstring(node)
-        if text:
-            arguments = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
-            yield f"{prefix}{node.name}{arguments}\n\n" + re.sub(r"^(?=.)", "   ", text, flags=re.MULTILINE)
+        arguments = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
+        if text := ast.get_docstring(node):
+            yield f"{prefix}{node.name}{arguments}\n\n" + re.sub("^(?=.)", "   ", text, flags=re.MULTILINE)
         if isinstance(node, ast.ClassDef):
             yield from _documented(node, f"{prefix}{node.name}.")
 
 
-def passages(text: str) -> set[str]:
-    """All runs of eight words of a text, without case, punctuation and line breaks."""
-    words = re.findall(r"\w+", text.lower())
-    return {" ".join(words[i : i + PASSAGE]) for i in range(len(words) - PASSAGE + 1)}
-
-
-def families(texts: Texts) -> list[list[str]]:
-    """Names in groups that share no passage with each other; in the order of a hash, which no one chose."""
-    group = {name: [name] for name in texts}
-    first: dict[str, str] = {}
-    for name, text in texts.items():
-        for passage in passages(text):
-            ours, theirs = group[name], group[first.setdefault(passage, name)]
-            if ours is not theirs:
-                theirs += ours
-                group |= dict.fromkeys(ours, theirs)
-    return sorted({id(names): names for names in group.values()}.values(), key=lambda names: digest(min(names)))
-
-
-def digest(text: str) -> str:
-    """SHA-256, for choices that are the same everywhere."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def heldout_topics(texts: Texts) -> set[str]:
-    """Families of topics, the largest excepted, until they hold HELDOUT_BYTES."""
-    groups = families(texts)
-    groups.remove(max(groups, key=lambda names: sum(len(texts[name]) for name in names)))
-    chosen: set[str] = set()
-    for names in groups:
-        if sum(len(texts[name].encode()) for name in chosen) < HELDOUT_BYTES:
-            chosen |= set(names)
-    return chosen
+def sample_code(modules: Texts) -> Texts:
+    """CODE_BYTES of modules, in the order of a hash."""
+    kept: Texts = {}
+    for name in sorted(modules, key=digest):
+        if len(modules[name]) <= MODULE_BYTES and sum(map(len, kept.values())) < CODE_BYTES:
+            kept[name] = modules[name]
+    return kept
 
 
 def pretraining() -> dict[str, Texts]:
-    """Documents of english, docstrings, code and heldout; what shares a passage with heldout is in none of the others."""
+    """Documents for english, docstrings, code and heldout; what shares a passage with heldout is in no other part."""
     prose, modules = english(), library()
-    chosen = heldout_topics(prose)
+    chosen = hold_out(prose, HELDOUT_TOPICS)
     heldout = {name: prose[name] for name in sorted(chosen)}
-    secret = set().union(*map(passages, heldout.values()))
+    held_passages = set().union(*map(passages, heldout.values()))
     parts = {
         "english": {name: text for name, text in prose.items() if name not in chosen},
         "docstrings": {name: docstrings(source) for name, source in modules.items()},
-        "code": {name: source for name, source in modules.items() if len(source) <= MAX_CODE_BYTES},
+        "code": sample_code(modules),
     }
-    clean = {part: {n: t for n, t in texts.items() if t and not secret & passages(t)} for part, texts in parts.items()}
-    return {**clean, "heldout": heldout}
+    for part, texts in parts.items():
+        parts[part] = {name: text for name, text in texts.items() if text and held_passages.isdisjoint(passages(text))}
+    return {**parts, "heldout": heldout}
+
+
+def pages() -> list[Page]:
+    """The pages of all rules that say both what the rule does and why that is bad."""
+    command = [sys.executable, "-m", "ruff", "rule", "--all", "--output-format", "json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise UserError(f"`python -m ruff rule --all` failed ({result.stderr.strip()}); install ruff>=0.14")
+    found = [_page(rule["name"], rule["explanation"]) for rule in json.loads(result.stdout)]
+    return sorted((page for page in found if page.what and page.why), key=lambda page: page.rule)
+
+
+def _page(rule: str, explanation: str) -> Page:
+    parts = re.split(r"^## (.+)\n", explanation, flags=re.MULTILINE)
+    sections = {title: text.strip() for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return Page(rule, sections.get("What it does", ""), sections.get("Why is this bad?", ""))
+
+
+def chats(page: Page) -> list[Chat]:
+    """What the rule checks, and why that is bad."""
+    return [
+        Chat(page.rule, [_ask(WHAT, page), _answer(page.what)]),
+        Chat(page.rule, [_ask(WHY, page), _answer(page.why)]),
+    ]
+
+
+def preference(page: Page) -> Preference:
+    """Both answers are the page's; the question asks for the first."""
+    return Preference(page.rule, [_ask(WHAT, page)], [_answer(page.what)], [_answer(page.why)])
+
+
+def _ask(questions: tuple[str, ...], page: Page) -> Message:
+    choice = int(digest(questions[0] + page.rule), 16) % len(questions)
+    return Message(role="user", content=questions[choice].format(name=page.rule))
+
+
+def _answer(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def encoded(record: Record, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of a document, of a conversation, or of a prompt with either answer."""
+    match record:
+        case Document():
+            return [tokenizer.encode(record.text)]
+        case Chat():
+            return [encode_chat(record.messages, tokenizer).input_ids]
+        case Preference():
+            answers = (record.chosen, record.rejected)
+            return [encode_chat([*record.prompt, *answer], tokenizer).input_ids for answer in answers]
+
+
+def build(folder: Path, vocab_size: int) -> dict[str, object]:
+    """Writes everything but summary.json, and returns what that file is to say."""
+    texts, rules = pretraining(), pages()
+    held_rules = hold_out({page.rule: f"{page.what}\n{page.why}" for page in rules}, HELDOUT_PAGES)
+    records: dict[str, list[Record]] = {
+        f"pretrain/{part}": [Document(*item) for item in documents.items()] for part, documents in texts.items()
+    }
+    for side in ("train", "heldout"):
+        here = [page for page in rules if (page.rule in held_rules) == (side == "heldout")]
+        records[f"sft/{side}"] = [chat for page in here for chat in chats(page)]
+        records[f"dpo/{side}"] = [preference(page) for page in here]
+    prose = [*texts["english"].values(), *texts["docstrings"].values()]
+    said = [
+        message["content"]
+        for page in rules
+        if page.rule not in held_rules
+        for chat in chats(page)
+        for message in chat.messages
+    ]
+    tokenizer = train_bpe([*prose, *said], vocab_size)
+    tokenizer.save(folder / "tokenizer")
+    files = {name: write(folder / f"{name}.jsonl", rows, tokenizer) for name, rows in records.items()}
+    return {"files": files, "heldout_xz": xz_bits_per_byte(texts)}
+
+
+def write(file: Path, records: list[Record], tokenizer: Tokenizer) -> dict[str, int]:
+    """Writes documents, and those conversations that fit into the context; returns counts."""
+    file.parent.mkdir(exist_ok=True)
+    rows = tokens = 0
+    with file.open("w", encoding="utf-8") as stream:
+        for record in records:
+            ids = encoded(record, tokenizer)
+            if isinstance(record, Document) or max(map(len, ids)) <= CONTEXT:
+                stream.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                rows, tokens = rows + 1, tokens + sum(map(len, ids))
+    return {"rows": rows, "too_long": len(records) - rows, "tokens": tokens, "file_bytes": file.stat().st_size}
+
+
+def xz_bits_per_byte(texts: Mapping[str, Texts]) -> dict[str, float]:
+    """What xz -9 needs for the held-out text alone, and after the training text, in which a copy would cost nothing."""
+    joined = {part: "\n".join(documents.values()).encode() for part, documents in texts.items()}
+    heldout = joined.pop("heldout")
+    training = b"\n".join(reversed(joined.values()))  # the English last, where xz refers to it most cheaply
+    with ThreadPoolExecutor() as threads:  # lzma works without the interpreter's lock
+        alone, both, before = threads.map(xz_size, (heldout, training + b"\n" + heldout, training))
+    return {
+        "text_bytes": len(heldout),
+        "bits_per_byte_alone": round(8 * alone / len(heldout), 4),
+        "bits_per_byte_after_training_text": round(8 * (both - before) / len(heldout), 4),
+    }
+
+
+def xz_size(data: bytes) -> int:
+    """Bytes of `xz -9`."""
+    return len(lzma.compress(data, preset=9))
+
+
+def version_key(vocab_size: int) -> dict[str, str]:
+    """All that the data follow from."""
+    return {
+        "python": platform.python_version(),
+        "ruff": importlib.metadata.version("ruff"),
+        "tokenizers": importlib.metadata.version("tokenizers"),
+        "script": digest(Path(__file__).read_text(encoding="utf-8")),
+        "vocab_size": str(vocab_size),
+    }
+
+
+def is_current(out: Path, key: Mapping[str, str]) -> bool:
+    """Whether `out` was made from this key. It is renamed into place whole: its summary vouches for the rest.
+
+    Raises:
+        UserError: `out` holds something else, which would be lost.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    try:
+        return bool(json.loads((out / "summary.json").read_text(encoding="utf-8"))["key"] == key)
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--out {out} holds files that this tool did not write; name another folder") from None
+
+
+def main() -> None:
+    """Reads the command line, and builds what is not there."""
+    parser = argparse.ArgumentParser(
+        description="Prepare the quickstart's data from Python's library and ruff's pages."
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart/data"), help="folder (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="a multiple of 128 (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.vocab_size < 384 or arguments.vocab_size % 128:
+        raise UserError(f"--vocab-size must be a multiple of 128 and at least 384, got {arguments.vocab_size}")
+    key = version_key(arguments.vocab_size)
+    if is_current(arguments.out, key):
+        print(f"{arguments.out} is up to date")
+        return
+    with atomic_folder(arguments.out) as folder:
+        summary = {"key": key, **build(folder, arguments.vocab_size)}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -91,7 +91,8 @@ def _difference(trained: Weights, written: Weights, name: str, ternary: bool) ->
 def _differing(expected: Tensor, found: Tensor) -> int:
     if expected.shape != found.shape:
         return max(expected.numel(), found.numel())
-    return int((expected.to(found.dtype) != found).sum())
+    rounded = expected.to(found.dtype)
+    return 0 if torch.equal(rounded, found) else int((rounded != found).sum())
 
 
 def _scale_differs(expected: TernaryWeight, found: TernaryWeight) -> int:

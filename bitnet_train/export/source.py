@@ -59,7 +59,7 @@ class ModelFolder:
         kind = folder_kind(path)
         if kind == "none":
             raise UserError(
-                f"{source}: must be the directory of a finished run, or a model folder; it has neither model/{CONFIG} nor {CONFIG}"
+                f"{source}: must be a finished run's directory or a model folder, has no {CONFIG} or model/{CONFIG}"
             )
         model = cls(HFFolder(path), kind)
         model._check()
@@ -113,10 +113,10 @@ class ModelFolder:
             UserError: a value is NaN or infinite.
         """
         tensor = self.folder.load(name)
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            bad = int(tensor.isfinite().logical_not().sum())
             raise UserError(
-                f"{self.path}: {name}: every value must be finite, got {bad} that are not; export an older run"
+                f"{self.path}: {name}: every value must be finite, got {bad} that are not; give an older model"
             )
         return tensor
 
@@ -130,13 +130,13 @@ class ModelFolder:
         return stored
 
     def _check(self) -> None:
-        tied = self.config.tie_word_embeddings
+        config = self.config  # first, so that another architecture is called by its name
         if self.kind == "dense":
             raise UserError(
                 f"{self.path / CONFIG}: quantization_config must be there, got none: a dense model has no codes"
             )
         expected, found = self._stored_shapes(), set(self.folder.files)
-        if tied:
+        if config.tie_word_embeddings:
             found.discard("lm_head.weight")  # some writers store the shared matrix twice
         for problem, names in {"missing": expected.keys() - found, "unknown": found - expected.keys()}.items():
             if names:

@@ -58,7 +58,7 @@ def pack_float(values: Tensor, kind: GGMLType) -> bytes:
     Raises:
         ValueError: a finite value is beyond the range of the type.
     """
-    stored = values.detach().to(FLOAT_TYPES[kind]).contiguous()
+    stored = values.detach().to(FLOAT_TYPES[kind])
     if not torch.isfinite(stored).all():
         largest = values.abs().max().item()
         raise ValueError(f"every value must be within the range of {kind.name}, got a magnitude of {largest:g}")

@@ -181,7 +181,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             dtype, shape, load = tensors[name]
-            tensor = load().detach().contiguous()
+            tensor = load().detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 

@@ -1,7 +1,40 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
+"""RMSNorm: y = x r w with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467).
+
+    dL/dw = sum over tokens of g x r
+    dL/dx = r (g w - x r mean(g w x r))        g = dL/dy
+
+Autograd would keep every intermediate product and walk over each of them again; this keeps x and one r per token.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        r = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            normal = (x * r).reshape(-1, x.shape[-1])  # x r, float32 `(tokens, size)`
+            rows = grad.reshape(normal.shape)
+            product = rows * normal
+            grad_weight = torch.ones(1, len(rows), device=x.device) @ product  # sums columns faster than sum does
+            mean = (product @ weight.float()).div_(x.shape[-1])[:, None]
+            grad_x = torch.mul(rows, weight, out=product).addcmul_(normal, mean, value=-1)
+        return grad_x.view(x.shape).mul_(r).to(x.dtype), grad_weight[0].to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -16,5 +49,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return y

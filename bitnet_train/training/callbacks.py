@@ -38,8 +38,8 @@ class Checkpointing(L.Callback):
         self._saved_step = -1
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the signal handlers."""
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Installs the signal handlers: Lightning, whose own would end the run without saving, has just done so."""
         self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -57,8 +57,10 @@ class Checkpointing(L.Callback):
         return asked
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a run starts from is saved already, or not worth saving."""
+        """Installs the handlers where no sanity check did. What a run starts from is not saved again."""
         assert isinstance(pl_module, TrainingModule)
+        if not self._before:
+            self.on_sanity_check_start(trainer, pl_module)
         self._saved_step = pl_module.step
 
     def on_train_batch_start(

@@ -6,10 +6,12 @@
     result      run_dir/model, an HF folder of master weights; status.json says how it ended
 """
 
+import ctypes.util
 import json
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from bitnet_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
 
 
@@ -76,6 +79,7 @@ def run(settings: RunConfig, config: DictConfig) -> None:
         StopRequested: the run was asked to stop; its state is saved.
     """
     _quiet_lightning()
+    _keep_freed_memory()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     parts = _build(settings, config, run_dir)
     _print_plan(parts)
@@ -267,6 +271,14 @@ def _save_result(parts: Parts) -> None:
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
     save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
+    libc = ctypes.util.find_library("c")
+    if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
+        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _quiet_lightning() -> None:

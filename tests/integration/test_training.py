@@ -1,0 +1,246 @@
+"""Runs as users start them: the three stages in a row, a kill in the middle, a stop on request, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bitnet_train.cli import main
+from bitnet_train.formats.hf_folder import HFFolder
+from bitnet_train.model.pretrained import load_for_inference
+from tests.support import (
+    TINY_OVERRIDES,
+    chat_rows,
+    environment,
+    preference_rows,
+    text_rows,
+    tiny_tokenizer,
+    train,
+    write_jsonl,
+)
+
+PRETRAIN = [
+    "+recipe=quickstart-pretrain",
+    *TINY_OVERRIDES,
+    "model.hidden_size=128",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "data.train=text.jsonl",
+    "data.val=null",
+    "data.tokenizer=tokenizer",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "max_steps=12",
+    "checkpoint_every=3",
+    "log_every=1",
+    "val_every=5",
+    "schedule.warmup_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and rows of every kind; runs are started in it."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tokenizer").mkdir()
+    tiny_tokenizer().save(folder / "tokenizer")
+    write_jsonl(folder / "text.jsonl", text_rows(60))
+    write_jsonl(folder / "chat.jsonl", chat_rows(24))
+    write_jsonl(folder / "pairs.jsonl", preference_rows(24))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path) -> Path:
+    """An uninterrupted pre-training run."""
+    result = train(*PRETRAIN, "run_dir=whole", cwd=data)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return data / "whole"
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(run_dir: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((run_dir / "status.json").read_text())
+    return content
+
+
+def start(data: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bitnet_train", *overrides]
+    return subprocess.Popen(command, cwd=data, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and any(f'"step": {step},' in line for line in (run_dir / "metrics.jsonl").open()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run_dir}: step {step} was not reached")
+
+
+def same_model(left: Path, right: Path) -> bool:
+    return (left / "model/model.safetensors").read_bytes() == (right / "model/model.safetensors").read_bytes()
+
+
+def without_rates(events: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in event.items() if "per_second" not in k} for event in events]
+
+
+def test_a_run_leaves_what_the_interface_promises(pretrained: Path) -> None:
+    assert status(pretrained) == {"state": "done", "step": 12, "reason": ""}
+    assert {path.name for path in (pretrained / ".hydra").iterdir()} >= {"config.yaml", "overrides.yaml"}
+    assert [event["step"] for event in metrics(pretrained)] == list(range(1, 13))
+    assert {path.name for path in (pretrained / "checkpoints").iterdir()} == {"step-000009", "step-000012", "last"}
+    names = {path.name for path in (pretrained / "model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
+    folder = HFFolder(pretrained / "model")
+    assert folder.config["quantization_config"]["quantization_mode"] == "online"
+    assert len(folder.files) == 2 * 11 + 2
+    losses = [event["train/loss"] for event in metrics(pretrained)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_run_that_is_done_does_nothing_more(data: Path, pretrained: Path) -> None:
+    before = (pretrained / "metrics.jsonl").read_bytes()
+    assert train(*PRETRAIN, "run_dir=whole", cwd=data).returncode == 0
+    assert (pretrained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(data: Path, pretrained: Path, step: int) -> None:
+    run_dir = data / f"killed-{step}"
+    process = start(data, *PRETRAIN, f"run_dir={run_dir.name}")
+    wait_for_step(run_dir, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "model").exists()
+    assert train(*PRETRAIN, f"run_dir={run_dir.name}", cwd=data).returncode == 0
+    assert same_model(run_dir, pretrained)
+    assert without_rates(metrics(run_dir)) == without_rates(metrics(pretrained))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
+def test_stopped_on_request_it_saves_and_goes_on(data: Path, pretrained: Path, how: str) -> None:
+    run_dir = data / f"stopped-{how}"
+    process = start(data, *PRETRAIN, f"run_dir={run_dir.name}", "checkpoint_every=1000")
+    wait_for_step(run_dir, 4)
+    if how == "STOP":
+        (run_dir / "STOP").touch()
+    else:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 85, process.communicate()
+    stopped = status(run_dir)
+    assert stopped["state"] == "requeue"
+    assert (run_dir / f"checkpoints/step-{stopped['step']:06}").is_dir()
+    assert train(*PRETRAIN, f"run_dir={run_dir.name}", cwd=data).returncode == 0
+    assert same_model(run_dir, pretrained)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_set_aside(data: Path, pretrained: Path, damage: str) -> None:
+    run_dir = data / f"damaged-{damage}"
+    assert train(*PRETRAIN, f"run_dir={run_dir.name}", "max_steps=12", cwd=data).returncode == 0
+    file = run_dir / "checkpoints/step-000012/state.pt"
+    content = bytearray(file.read_bytes())
+    content = content[:-100] if damage == "cut" else content
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (run_dir / "model/model.safetensors").unlink()
+    assert train(*PRETRAIN, f"run_dir={run_dir.name}", cwd=data).returncode == 0
+    assert same_model(run_dir, pretrained)
+    assert (run_dir / "checkpoints/step-000012.bad").is_dir()
+
+
+def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
+    result = train(*PRETRAIN, "run_dir=whole", "seed=1", "global_batch_size=8", cwd=data)
+    assert result.returncode == 2
+    assert "seed: 0 there, 1 now" in result.stderr
+    assert "global_batch_size: 4 there, 8 now" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_sft_and_dpo_go_on_from_the_stage_before(data: Path, pretrained: Path) -> None:
+    common = ["trainer=cpu", "max_steps=4", "log_every=1", "val_every=2", "data.sequence_length=127", "global_batch_size=4"]
+    sft = train(
+        "recipe=quickstart-sft", *common, "init_from=whole", "run_dir=sft", "data.train=chat.jsonl",
+        "data.val=chat.jsonl", "micro_batch_size=2", cwd=data,
+    )  # fmt: skip
+    assert sft.returncode == 0, sft.stdout + sft.stderr
+    dpo = train(
+        "+recipe=quickstart-dpo", *common, "init_from=sft", "run_dir=dpo", "data.train=pairs.jsonl",
+        "data.val=pairs.jsonl", "data.cache_dir=cache", "micro_batch_size=4", cwd=data,
+    )  # fmt: skip
+    assert dpo.returncode == 0, dpo.stdout + dpo.stderr
+    first = metrics(data / "dpo")[0]
+    assert first["step"] == 0
+    assert first["val/rewards/margins"] == pytest.approx(0.0, abs=1e-3)  # policy and reference are the same still
+    assert first["val/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert len(list((data / "cache").glob("reference-*.safetensors"))) == 1  # train and val are the same pairs
+    assert load_for_inference(data / "dpo/model").config == load_for_inference(pretrained / "model").config
+
+
+def test_a_dry_run_trains_nothing(data: Path) -> None:
+    result = train(*PRETRAIN, "run_dir=dry", "dry_run=true", cwd=data)
+    assert result.returncode == 0
+    assert "12 steps of 4 rows" in result.stdout
+    assert not (data / "dry/checkpoints").exists()
+    assert not (data / "dry/model").exists()
+
+
+BAD_INPUT = {
+    "+recipe=nope": "unknown recipe 'nope'; the recipes are ",
+    "nonsense=1": "nonsense",
+    "+nonsense=1": "unknown key nonsense",
+    "optimizer.betas=[0.9,2]": "optimizer.betas must lie in [0, 1)",
+    "max_steps=many": "max_steps",
+    "data.train=nothing-*.jsonl": "nothing-*.jsonl",
+    "data.train=empty.jsonl": "empty.jsonl",
+    "data.train=broken.jsonl": "broken.jsonl:2: ",
+    "data.train=null": "data.train is not set",
+    "data.tokenizer=empty": "no tokenizer.json",
+    "init_from=empty": "init_from=empty: no model there",
+    "data.sequence_length=129": "max_position_embeddings (128), got 129",
+    "model.num_attention_heads=3": "model.num_attention_heads (3), got 128",
+    "micro_batch_size=3": "global_batch_size must be a multiple",
+    "resume=nowhere": "resume=nowhere: no checkpoint there",
+}
+
+
+@pytest.fixture(scope="module")
+def bad(data: Path) -> Path:
+    (data / "empty.jsonl").touch()
+    (data / "empty").mkdir()
+    (data / "broken.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
+    return data
+
+
+@pytest.mark.parametrize("override", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2(
+    bad: Path, override: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where nothing has to be imported again; the exit code is what `sys.exit` gets."""
+    rest = PRETRAIN[1:] if override.startswith("+recipe") else PRETRAIN
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr(sys, "argv", ["bitnet-train", *rest, "run_dir=bad", override])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert BAD_INPUT[override] in error
+    assert not (bad / "bad/checkpoints").exists()
+
+
+def test_bad_input_ends_the_process_with_2(bad: Path) -> None:
+    result = train(*PRETRAIN, "run_dir=bad", "data.train=broken.jsonl", cwd=bad)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: broken.jsonl:2: ")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,80 @@
+"""What several tests need: a tiny tokenizer, tiny data, and the commands as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from bitnet_train.data.tokenizer import Tokenizer, train_bpe
+from bitnet_train.model.config import BitNetConfig
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix bold potions".split()
+
+TINY = BitNetConfig(
+    vocab_size=384,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rope_theta=10000.0,
+)
+TINY_OVERRIDES = [
+    "trainer=cpu",
+    "model=tiny",
+    "model.vocab_size=384",
+    "model.intermediate_size=256",
+    "model.max_position_embeddings=128",
+    "data.sequence_length=64",
+]
+
+
+def sentence(number: int) -> str:
+    """A text that depends on its number alone."""
+    return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(12 + number % 9))
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 384 tokens."""
+    return train_bpe((sentence(i) for i in range(50)), 384)
+
+
+def write_jsonl(file: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    """A file with one JSON object per line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def text_rows(count: int) -> list[dict[str, object]]:
+    return [{"text": sentence(i)} for i in range(count)]
+
+
+def chat_rows(count: int) -> list[dict[str, object]]:
+    return [
+        {"messages": [{"role": "user", "content": sentence(i)}, {"role": "assistant", "content": sentence(i + 1)}]}
+        for i in range(count)
+    ]
+
+
+def preference_rows(count: int) -> list[dict[str, object]]:
+    return [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 2)} for i in range(count)]
+
+
+def environment() -> dict[str, str]:
+    """The variables of a command that a test starts: one thread, and this checkout."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def python(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` in a folder and waits."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m bitnet_train OVERRIDES`."""
+    return python("-m", "bitnet_train", *overrides, cwd=cwd)

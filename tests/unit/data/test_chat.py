@@ -1,0 +1,263 @@
+"""Conversations to ids: the text that transformers renders, and a mask over answers and their stop tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+from bitnet_train.data.chat import (
+    BITNET_CHAT_TEMPLATE,
+    encode_chat,
+    encode_pair,
+    encode_prompt,
+    render,
+)
+from bitnet_train.data.preference import Pair
+from bitnet_train.data.sources import Message
+from bitnet_train.data.tokenizer import BOS, EOS, EOT, Tokenizer, train_bpe
+from bitnet_train.errors import UserError
+
+TEXTS = ["System: Be brief. User: What is it? Assistant: It is a word.", "Hello Hello Hello world"] * 20
+TOKENIZER = train_bpe(TEXTS, 384)
+EOT_ID = TOKENIZER.stop_token_ids[1]
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|eot_id|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+FORGETFUL = "{{ messages | length }}" + CHATML  # its text changes with what follows
+
+Turn = tuple[str, str]
+
+
+def chat(*turns: Turn) -> list[Message]:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return [Message(role=names[role], content=content) for role, content in turns]
+
+
+def with_template(template: str) -> Tokenizer:
+    tokenizer = train_bpe(TEXTS, 384)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained_parts(
+    messages: Sequence[Message], tokenizer: Tokenizer = TOKENIZER, train_on: str = "assistant"
+) -> list[str]:
+    """The text of each run of trained ids."""
+    ids, trained = encode_chat(messages, tokenizer, train_on)
+    parts: list[list[int]] = [[]]
+    for id, flag in zip(ids, trained, strict=True):
+        if flag:
+            parts[-1].append(id)
+        elif parts[-1]:
+            parts.append([])
+    return [tokenizer.decode(part) for part in parts if part]
+
+
+TWO_TURNS = chat(("s", " Be brief.\n"), ("u", "What is it?"), ("a", "Hello world"), ("u", "And?"), ("a", "It is.\n"))
+CHATS = [TWO_TURNS, TWO_TURNS[1:3], TWO_TURNS[:2], TWO_TURNS[2:], chat(("u", "<|eot_id|>{{ 1 }}"), ("a", "<b>"))]
+
+
+# ---- rendering ----
+
+
+def test_the_template_of_bitnet() -> None:
+    text, spans = render(TWO_TURNS, BITNET_CHAT_TEMPLATE)
+    assert text == (
+        "System: Be brief.<|eot_id|>User: What is it?<|eot_id|>Assistant: Hello world<|eot_id|>"
+        "User: And?<|eot_id|>Assistant: It is.<|eot_id|>"
+    )
+    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>", "It is.<|eot_id|>"]
+    prompt = render(TWO_TURNS[:2], BITNET_CHAT_TEMPLATE, add_generation_prompt=True)
+    assert prompt == ("System: Be brief.<|eot_id|>User: What is it?<|eot_id|>Assistant: ", [])
+
+
+INDENTED = """
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {{ loop.index }} {{ message | tojson }}
+    {%- generation %}
+    {{ message.content }}{{ eos_token }}
+    {% endgeneration %}
+{% endfor %}
+{%- if tools is not none or documents is not none %}never{% endif %}
+{{ bos_token }}{% if add_generation_prompt %}>{% endif %}
+"""
+
+
+@pytest.mark.parametrize("template", [BITNET_CHAT_TEMPLATE, CHATML, INDENTED])
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("messages", CHATS)
+def test_text_and_spans_are_those_of_transformers(
+    messages: list[Message], add_generation_prompt: bool, template: str
+) -> None:
+    special = {"bos_token": BOS, "eos_token": EOS}
+    ours = render(messages, template, add_generation_prompt, **special)
+    render_theirs: Any = chat_template_utils.render_jinja_template
+    (text,), (spans,) = render_theirs(
+        [messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        **special,
+    )
+    assert ours.text == text
+    if "generation %}" in template:
+        assert ours.spans == spans
+
+
+def test_transformers_applies_the_saved_template(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save(folder)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    ours = render(TWO_TURNS[:4], BITNET_CHAT_TEMPLATE, add_generation_prompt=True).text
+    assert theirs.apply_chat_template(TWO_TURNS[:4], tokenize=False, add_generation_prompt=True) == ours
+    prompt = theirs.apply_chat_template(TWO_TURNS[:2], add_generation_prompt=True)["input_ids"]
+    assert encode_prompt(TWO_TURNS[:2], TOKENIZER) == [TOKENIZER.bos_token_id, *prompt]
+
+
+def test_without_generation_blocks_spans_are_found_by_prefixes() -> None:
+    text, spans = render(TWO_TURNS, CHATML)
+    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>\n", "It is.\n<|eot_id|>\n"]
+
+
+def test_a_template_that_changes_earlier_text_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"text of messages 1 to 3 changes.*\{% generation %\}"):
+        render(TWO_TURNS, FORGETFUL)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "chat_template: line 1"),
+        ("{{ raise_exception('no system message') }}", "chat_template: no system message"),
+        ("{{ messages.append(1) }}", "chat_template: .*unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "chat_template: .*unsafe"),
+        ("{{ 1 + none }}", "chat_template: unsupported operand"),
+        ("{{ missing.field }}", "chat_template: 'missing' is undefined"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "chat_template: Range too big"),
+        ("{% include 'other' %}", "chat_template: no loader"),
+    ],
+)
+def test_templates_that_fail_or_leave_the_sandbox(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render(TWO_TURNS, template)
+
+
+# ---- conversations ----
+
+
+def test_answers_and_their_stop_tokens_are_trained_and_headers_are_not() -> None:
+    assert trained_parts(TWO_TURNS) == ["Hello world<|eot_id|>", "It is.<|eot_id|>"]
+    assert trained_parts(TWO_TURNS, train_on="last") == ["It is.<|eot_id|>"]
+
+
+def test_all_trains_everything_but_bos() -> None:
+    ids, trained = encode_chat(TWO_TURNS, TOKENIZER, "all")
+    assert trained == [False] + [True] * (len(ids) - 1)
+    assert ids == encode_chat(TWO_TURNS, TOKENIZER).input_ids
+
+
+def test_the_ids_spell_the_text_with_one_bos() -> None:
+    ids = encode_chat(TWO_TURNS, TOKENIZER).input_ids
+    assert TOKENIZER.decode(ids) == BOS + render(TWO_TURNS, BITNET_CHAT_TEMPLATE).text
+    assert ids.count(TOKENIZER.bos_token_id) == 1
+
+
+def test_a_template_with_bos_gets_no_second_one() -> None:
+    tokenizer = with_template("{{ bos_token }}" + BITNET_CHAT_TEMPLATE)
+    assert encode_chat(TWO_TURNS, tokenizer) == encode_chat(TWO_TURNS, TOKENIZER)
+    assert encode_prompt(TWO_TURNS[:2], tokenizer) == encode_prompt(TWO_TURNS[:2], TOKENIZER)
+
+
+def test_the_header_is_not_joined_with_the_answer() -> None:
+    joined = TOKENIZER.encode("Assistant: Hello")
+    ids = encode_chat(TWO_TURNS, TOKENIZER).input_ids
+    header, answer = TOKENIZER.encode("Assistant: "), TOKENIZER.encode("Hello")
+    assert joined != header + answer  # so that the test below can fail
+    start = next(i for i in range(len(ids)) if ids[i : i + len(header)] == header)
+    assert ids[start + len(header) :][: len(answer)] == answer
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, with_template(CHATML)], ids=["bitnet", "chatml"])
+@pytest.mark.parametrize("answer", [2, 4])
+def test_training_ids_begin_with_the_prompt_that_generation_sees(answer: int, tokenizer: Tokenizer) -> None:
+    prompt = encode_prompt(TWO_TURNS[:answer], tokenizer)
+    ids, trained = encode_chat(TWO_TURNS[: answer + 1], tokenizer, "last")
+    assert ids[: len(prompt)] == prompt
+    assert trained.index(True) == len(prompt)
+
+
+@given(st.lists(st.text().filter(str.strip), min_size=1, max_size=4))
+def test_any_content_keeps_the_mask_and_the_prompt(contents: list[str]) -> None:
+    messages = [turn for content in contents for turn in chat(("u", content), ("a", content))]
+    ids, trained = encode_chat(messages, TOKENIZER)
+    prompt = encode_prompt(messages[:-1], TOKENIZER)
+    assert ids[: len(prompt)] == prompt
+    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert ids.count(EOT_ID) == 2 * len(contents)
+    ends = [id for id, flag, after in zip(ids, trained, [*trained[1:], False], strict=True) if flag and not after]
+    assert ends == [EOT_ID] * len(contents)
+
+
+def test_names_of_special_tokens_in_a_message_stay_text() -> None:
+    messages = chat(("u", f"{EOT}Assistant: yes{EOT}{BOS}"), ("a", f"no{EOT}User: I lied{EOS}"))
+    ids, trained = encode_chat(messages, TOKENIZER)
+    assert ids.count(EOT_ID) == 2
+    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert TOKENIZER.eos_token_id not in ids
+    assert trained[-1]
+    assert TOKENIZER.decode(ids) == BOS + render(messages, BITNET_CHAT_TEMPLATE).text
+    assert trained_parts(messages) == [f"no{EOT}User: I lied{EOS}{EOT}"]
+
+
+def test_marks_in_a_message_do_not_move_spans() -> None:
+    messages = chat(("u", "Q\ufdd1\ufdd0"), ("a", "\ufdd1A\ufdd0\ufdd2"))
+    assert trained_parts(messages) == ["A<|eot_id|>"]
+
+
+def test_the_mask_ends_on_the_stop_token() -> None:
+    after = BITNET_CHAT_TEMPLATE.replace("<|eot_id|>{% endgeneration %}", "{% endgeneration %}<|eot_id|>")
+    assert trained_parts(TWO_TURNS, with_template(after)) == ["Hello world<|eot_id|>", "It is.<|eot_id|>"]
+    assert trained_parts(TWO_TURNS[1:3], with_template(CHATML)) == ["Hello world<|eot_id|>"]
+    eos = with_template(BITNET_CHAT_TEMPLATE.replace("<|eot_id|>", "{{ eos_token }}"))
+    assert trained_parts(TWO_TURNS, eos) == ["Hello world<|end_of_text|>", "It is.<|end_of_text|>"]
+
+
+def test_a_template_without_stop_tokens_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"must end with a stop token \(id \d+ or \d+\)"):
+        encode_chat(TWO_TURNS, with_template(BITNET_CHAT_TEMPLATE.replace("<|eot_id|>", "\n")))
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_nothing_to_train_on_is_an_error(train_on: str) -> None:
+    with pytest.raises(UserError, match="no assistant message"):
+        encode_chat(TWO_TURNS[:2], TOKENIZER, train_on)
+
+
+def test_an_unknown_train_on_is_an_error() -> None:
+    with pytest.raises(UserError, match="train_on must be one of assistant, last, all, got 'user'"):
+        encode_chat(TWO_TURNS, TOKENIZER, "user")
+
+
+# ---- pairs ----
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, with_template(CHATML)], ids=["bitnet", "chatml"])
+def test_a_pair_is_one_prompt_and_two_completions(tokenizer: Tokenizer) -> None:
+    pair = Pair(TWO_TURNS[:4], chat(("a", "Hello")), chat(("a", "It is a word.")))
+    prompt, chosen, rejected = encode_pair(pair, tokenizer)
+    assert prompt == encode_prompt(pair.prompt, tokenizer)
+    assert tokenizer.decode(chosen) == "Hello<|eot_id|>"
+    assert tokenizer.decode(rejected) == "It is a word.<|eot_id|>"
+    assert chosen[-1] == rejected[-1] == EOT_ID
+
+
+def test_a_template_that_does_not_continue_the_prompt_is_an_error() -> None:
+    tokenizer = with_template("{{ messages | length }}" + BITNET_CHAT_TEMPLATE)
+    with pytest.raises(UserError, match="does not begin with its prompt"):
+        encode_pair(Pair(TWO_TURNS[:2], chat(("a", "Hello")), chat(("a", "It is"))), tokenizer)

@@ -1,0 +1,153 @@
+"""What an export of a tiny random model holds, in every format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitnet_train.export import export, verify
+from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.packing import pack_ternary
+from bitnet_train.quant import quantize_weight
+from tests.folders import BOS, CODES, EOS, EOT, LINEARS, edit_tensor, write_master
+
+MATRIX, GGUF_MATRIX = "model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"
+
+
+def config_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_packed_folder(master: Path, tmp_path: Path) -> None:
+    result = export(master, tmp_path / "packed", check=True)
+    masters, packed = load_file(master / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
+    codes, scale = quantize_weight(masters[MATRIX])
+    assert torch.equal(packed[MATRIX], pack_ternary(codes))
+    assert packed[MATRIX].dtype == torch.uint8
+    assert torch.equal(packed[f"{MATRIX}_scale"], scale.bfloat16().reshape(1))
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.ffn_sub_norm.weight"):
+        assert torch.equal(packed[name], masters[name].bfloat16())
+    assert len(packed) == len(masters) + LINEARS
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+    assert result.bytes == sum(file.stat().st_size for file in (tmp_path / "packed").iterdir())
+
+
+def test_files_of_a_packed_folder(master: Path, tmp_path: Path) -> None:
+    export(master, tmp_path / "packed")
+    config = config_of(tmp_path / "packed")
+    quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    assert config["quantization_config"] == quantization
+    assert config["torch_dtype"] == "bfloat16"
+    ids = {
+        token["content"]: token["id"] for token in json.loads((master / "tokenizer.json").read_text())["added_tokens"]
+    }
+    assert config["bos_token_id"] == ids[BOS]
+    assert config["eos_token_id"] == ids[EOS]
+    assert {**config_of(master), "quantization_config": 0}.items() <= {**config, "quantization_config": 0}.items()
+    generation = json.loads((tmp_path / "packed" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": ids[BOS], "eos_token_id": [ids[EOS], ids[EOT]]}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "packed" / name).read_bytes() == (master / name).read_bytes()
+    assert 'from_pretrained("packed"' in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_packed_folder_of_float32_keeps_the_scale_exactly(master: Path, tmp_path: Path) -> None:
+    export(master, tmp_path / "packed", dtype="float32")
+    scale = quantize_weight(load_file(master / "model.safetensors")[MATRIX]).scale
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    assert torch.equal(packed[f"{MATRIX}_scale"], scale.reshape(1))
+    assert packed["model.norm.weight"].dtype == torch.float32
+
+
+def test_i2_s_file(master: Path, tmp_path: Path) -> None:
+    result = export(master, tmp_path / "model.gguf", format="gguf", check=True)
+    file = GGUFFile(tmp_path / "model.gguf")
+    kinds = {name: file.kind(name).name for name in file.tensors}
+    assert sum(kind == "I2_S" for kind in kinds.values()) == LINEARS
+    assert kinds["token_embd.weight"] == "F16"
+    assert {kinds[name] for name in kinds if "norm" in name} == {"F32"}
+    assert "output.weight" not in kinds
+    assert file.metadata["general.file_type"] == 40
+    assert file.metadata["general.name"] == "master"
+    assert file.metadata["bitnet-b1.58.rope.freq_base"] == 10000.0
+    assert file.metadata["bitnet-b1.58.rope.dimension_count"] == 64
+    assert len(file.metadata["tokenizer.ggml.tokens"]) == 304  # type: ignore[arg-type]
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize(("type", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_float_files_hold_codes_times_scale(master: Path, tmp_path: Path, type: str, dtype: torch.dtype) -> None:
+    result = export(master, tmp_path / "model.gguf", format="gguf", type=type, check=True)
+    codes, scale = quantize_weight(load_file(master / "model.safetensors")[MATRIX])
+    file = GGUFFile(tmp_path / "model.gguf")
+    stored = torch.frombuffer(bytearray(file.read(GGUF_MATRIX)), dtype=dtype).reshape(codes.shape)
+    assert torch.equal(stored, (codes * scale).to(dtype))
+    assert file.kind("token_embd.weight").name == type.upper()
+    assert file.kind("output_norm.weight").name == "F32"
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+
+
+def test_master_folder_is_the_same_model(master: Path, tmp_path: Path) -> None:
+    (master / "README.md").write_text("the card of the run")
+    result = export(master, tmp_path / "copy", format="master", check=True)
+    masters, copied = load_file(master / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
+    assert all(torch.equal(copied[name], tensor) for name, tensor in masters.items())
+    assert config_of(tmp_path / "copy")["quantization_config"]["quantization_mode"] == "online"
+    assert config_of(tmp_path / "copy")["torch_dtype"] == "float32"
+    assert (tmp_path / "copy" / "README.md").read_text() == "the card of the run"
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+
+
+def test_masters_rounded_to_bfloat16_are_said_to_differ(master: Path, tmp_path: Path) -> None:
+    result = export(master, tmp_path / "copy", format="master", dtype="bfloat16", check=True)
+    assert result.verification is not None
+    assert 0 < result.verification.differ < CODES / 100
+    assert "float32 keeps every code" in result.notes[0]
+
+
+def test_masters_of_bfloat16_export_exactly(tmp_path: Path) -> None:
+    write_master(tmp_path / "master", dtype=torch.bfloat16)
+    for target, format in (("model.gguf", "gguf"), ("packed", "safetensors"), ("copy", "master")):
+        result = export(tmp_path / "master", tmp_path / target, format=format, check=True)
+        assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+    assert config_of(tmp_path / "copy")["torch_dtype"] == "bfloat16"
+
+
+def test_an_untied_head_is_written_and_remarked(tmp_path: Path) -> None:
+    write_master(tmp_path / "master", {"tie_word_embeddings": False})
+    result = export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", check=True)
+    assert GGUFFile(tmp_path / "model.gguf").tensors["output.weight"].shape == (304, 128)
+    assert "bitnet.cpp computes the logits with the embedding" in result.notes[0]
+    export(tmp_path / "master", tmp_path / "packed")
+    assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+def test_a_packed_folder_becomes_gguf(master: Path, tmp_path: Path) -> None:
+    export(master, tmp_path / "packed", dtype="float32")
+    result = export(tmp_path / "packed", tmp_path / "model.gguf", format="gguf", check=True)
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+    assert verify(master, tmp_path / "model.gguf").differ == 0
+
+
+def test_a_run_directory_is_a_source(tmp_path: Path) -> None:
+    write_master(tmp_path / "run" / "model")
+    export(tmp_path / "run", tmp_path / "model.gguf", format="gguf")
+    assert GGUFFile(tmp_path / "model.gguf").metadata["general.name"] == "run"
+
+
+def test_a_shared_matrix_that_is_stored_twice_is_no_error(master: Path, tmp_path: Path) -> None:
+    edit_tensor(master, "lm_head.weight", load_file(master / "model.safetensors")["model.embed_tokens.weight"])
+    export(master, tmp_path / "packed")
+    assert "lm_head.weight" not in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+def test_a_matrix_of_zeros_keeps_its_codes(master: Path, tmp_path: Path) -> None:
+    edit_tensor(master, MATRIX, torch.zeros(128, 256))
+    for type in ("i2_s", "f16"):
+        result = export(master, tmp_path / f"{type}.gguf", format="gguf", type=type, check=True)
+        assert result.verification is not None
+        assert result.verification.differ == 0

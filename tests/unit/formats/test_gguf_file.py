@@ -1,0 +1,144 @@
+"""GGUF: our reader against literal bytes and the gguf library's writer, our writer against the library's reader."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.gguf_blocks import GGMLType, pack_float, pack_i2_s, unpack_i2_s
+from bitnet_train.formats.gguf_file import GGUFFile, LazyBlocks, write_gguf
+
+METADATA = {
+    "name": "a model",
+    "count": 7,
+    "epsilon": 0.5,
+    "flag": True,
+    "tokens": ["a", "é"],
+    "types": [1, 3],
+}
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def write(path: Path) -> torch.Tensor:
+    """A file with one tensor of each kind; returns the codes of the ternary one, whose scale is 0.25."""
+    codes = torch.randint(-1, 2, (3, 128), dtype=torch.int8)
+    values = torch.arange(10.0).reshape(2, 5)
+    tensors = {
+        "f32": LazyBlocks(GGMLType.F32, (2, 5), lambda: pack_float(values, GGMLType.F32)),
+        "f16": LazyBlocks(GGMLType.F16, (2, 5), lambda: pack_float(values, GGMLType.F16)),
+        "i2_s": LazyBlocks(GGMLType.I2_S, (3, 128), lambda: pack_i2_s(codes, 0.25)),
+        "last": LazyBlocks(GGMLType.F32, (5,), lambda: pack_float(values[1], GGMLType.F32)),
+    }
+    write_gguf(path, "some-arch", METADATA, tensors)
+    return codes
+
+
+def test_reader_reads_literal_bytes(tmp_path: Path) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 2)
+    pairs = string("a") + struct.pack("<If", 6, 0.5)
+    pairs += string("b") + struct.pack("<IIQ", 9, 8, 2) + string("x") + string("yz")
+    info = string("w") + struct.pack("<IQQIQ", 2, 3, 2, 0, 32)
+    start = -(-len(header + pairs + info) // 32) * 32
+    data = (header + pairs + info).ljust(start + 32, b"\0") + struct.pack("<6f", 0, 1, 2, 3, 4, 5)
+    (tmp_path / "file.gguf").write_bytes(data)
+    file = GGUFFile(tmp_path / "file.gguf")
+    assert file.metadata == {"a": 0.5, "b": ["x", "yz"]}
+    assert file.tensors["w"].shape == (2, 3)  # the file says the innermost dimension first
+    assert np.frombuffer(file.read("w"), "<f4").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    codes = write(tmp_path / "file.gguf")
+    file = GGUFFile(tmp_path / "file.gguf")
+    assert file.metadata == {"general.architecture": "some-arch", **METADATA}
+    assert {name: info.shape for name, info in file.tensors.items()} == {
+        "f32": (2, 5),
+        "f16": (2, 5),
+        "i2_s": (3, 128),
+        "last": (5,),
+    }
+    unpacked, scale = unpack_i2_s(file.read("i2_s"), (3, 128))
+    assert file.kind("i2_s") == GGMLType.I2_S
+    assert torch.equal(unpacked, codes)
+    assert scale == 0.25
+    assert np.frombuffer(file.read("last"), "<f4").tolist() == [5, 6, 7, 8, 9]
+
+
+def test_the_gguf_library_reads_what_it_knows(tmp_path: Path) -> None:
+    values = torch.arange(10.0).reshape(2, 5)
+    blocks = LazyBlocks(GGMLType.F16, (2, 5), lambda: pack_float(values, GGMLType.F16))
+    write_gguf(tmp_path / "file.gguf", "some-arch", METADATA, {"w": blocks})
+    reader = GGUFReader(tmp_path / "file.gguf")
+    assert reader.fields["count"].types[0].name == "UINT32"
+    assert reader.fields["types"].types[1].name == "INT32"
+    assert reader.fields["flag"].types[0].name == "BOOL"
+    assert reader.tensors[0].data.tolist() == values.tolist()
+
+
+def test_tensors_are_made_when_their_turn_has_come(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def load() -> bytes:
+        (temporary,) = tmp_path.iterdir()
+        sizes.append(temporary.stat().st_size)
+        return bytes(1 << 20)
+
+    write_gguf(tmp_path / "file", "a", {}, {f"w{i}": LazyBlocks(GGMLType.F32, (1 << 18,), load) for i in range(3)})
+    assert [size >> 20 for size in sizes] == [0, 1, 2]  # the ones before are in the file already
+
+
+def test_a_tensor_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.gguf"
+    write(path)
+    before = path.read_bytes()
+
+    def fail() -> bytes:
+        raise UserError("no tensor")
+
+    good = LazyBlocks(GGMLType.F32, (1,), lambda: bytes(4))
+    with pytest.raises(UserError, match="no tensor"):
+        write_gguf(path, "a", {}, {"good": good, "bad": LazyBlocks(GGMLType.F32, (1,), fail)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file.gguf"]
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "whole.gguf")
+    data = (tmp_path / "whole.gguf").read_bytes()
+    header = min(info.offset for info in GGUFFile(tmp_path / "whole.gguf").tensors.values())
+    for size in range(1, header - 32, 7):
+        (tmp_path / "cut.gguf").write_bytes(data[:size])
+        with pytest.raises(UserError, match="must be a whole GGUF file"):
+            GGUFFile(tmp_path / "cut.gguf")
+    (tmp_path / "cut.gguf").write_bytes(data[:-32])
+    with pytest.raises(UserError, match="last: must end by byte"):
+        GGUFFile(tmp_path / "cut.gguf").read("last")
+
+
+def test_other_files_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
+    for content in (b"", b"GGUG" + bytes(100), b"GGUF" + struct.pack("<IQQ", 2, 0, 0)):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(UserError, match="file: "):
+            GGUFFile(tmp_path / "file")
+    with pytest.raises(UserError, match="No such file"):
+        GGUFFile(tmp_path / "none")
+    write(tmp_path / "file")
+    with pytest.raises(UserError, match="'none' is missing"):
+        GGUFFile(tmp_path / "file").read("none")
+
+
+def test_a_type_that_is_not_written_here_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    number = data.index(b"i2_s") + 4 + 4 + 16
+    (tmp_path / "file").write_bytes(data[:number] + struct.pack("<I", 37) + data[number + 4 :])
+    with pytest.raises(UserError, match=r"i2_s: type must be one of .* got 37"):
+        GGUFFile(tmp_path / "file").read("i2_s")

@@ -1,0 +1,132 @@
+"""What GGUF and generation_config.json are told about a tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from bitnet_train.data.tokenizer import LLAMA3_SPLIT
+from bitnet_train.errors import UserError
+from bitnet_train.formats.tokenizer_files import TokenizerFiles
+from tests.folders import BOS, CHAT_TEMPLATE, EOS, EOT, LLAMA_3_SPLIT, write_tokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return write_tokenizer(tmp_path)
+
+
+def edit(folder: Path, file: str, **fields: object) -> None:
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(content | fields))
+
+
+def metadata(folder: Path, **config: object) -> dict[str, Any]:
+    return TokenizerFiles(folder, {"vocab_size": 304, **config}).gguf_metadata()
+
+
+def test_the_split_rule_is_that_of_trained_tokenizers() -> None:
+    assert LLAMA3_SPLIT == LLAMA_3_SPLIT
+
+
+def test_tokens_types_and_merges(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    found = metadata(tmp_path)
+    tokens = found["tokenizer.ggml.tokens"]
+    assert tokens[:293] == [tokenizer.id_to_token(id_) for id_ in range(293)]
+    assert tokens[293:] == [f"[PAD{id_}]" for id_ in range(293, 304)]
+    assert found["tokenizer.ggml.token_type"] == [1] * 290 + [3] * 3 + [5] * 11
+    left, right = found["tokenizer.ggml.merges"][0].split(" ")
+    assert tokenizer.token_to_id(left + right) == 256  # the first token after the bytes
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert found["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+def test_special_ids_and_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    found = metadata(tmp_path)
+    assert found["tokenizer.ggml.bos_token_id"] == tokenizer.token_to_id(BOS)
+    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id(EOS)
+    assert found["tokenizer.ggml.eot_token_id"] == tokenizer.token_to_id(EOT)
+    assert found["tokenizer.ggml.padding_token_id"] == tokenizer.token_to_id(EOS)
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.chat_template"] == CHAT_TEMPLATE
+
+
+def test_merges_may_be_strings_and_added_tokens_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    added = [{"id": 300, "content": "word", "special": False}]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    expected = metadata(tmp_path)["tokenizer.ggml.merges"]
+    edit(tmp_path, "tokenizer.json", model={**model, "merges": merges}, added_tokens=added)
+    found = metadata(tmp_path)
+    assert found["tokenizer.ggml.merges"] == expected == merges
+    assert found["tokenizer.ggml.token_type"][300] == 4
+    assert found["tokenizer.ggml.tokens"][300] == "word"
+
+
+def test_the_config_of_the_model_comes_first(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = {"vocab_size": 304, "bos_token_id": 5, "eos_token_id": [7, 8], "pad_token_id": 9}
+    files = TokenizerFiles(tmp_path, config)
+    eot = tokenizer.token_to_id(EOT)
+    assert files.generation_ids() == {"bos_token_id": 5, "eos_token_id": [7, 8, eot], "pad_token_id": 9}
+    assert metadata(tmp_path, **config)["tokenizer.ggml.padding_token_id"] == 9
+
+
+def test_without_configs_the_names_of_llama_3_count(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "tokenizer_config.json").unlink()
+    files = TokenizerFiles(tmp_path, {"vocab_size": 304})
+    ids = [tokenizer.token_to_id(token) for token in (BOS, EOS, EOT)]
+    assert files.generation_ids() == {"bos_token_id": ids[0], "eos_token_id": ids[1:]}
+    assert files.chat_template is None
+    assert "tokenizer.chat_template" not in files.gguf_metadata()
+
+
+def test_a_folder_without_a_tokenizer_has_no_ids(tmp_path: Path) -> None:
+    assert TokenizerFiles(tmp_path, {"vocab_size": 304}).generation_ids() == {}
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
+        metadata(tmp_path)
+
+
+def test_the_chat_template_may_be_a_file_or_one_of_several(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    several = [{"name": "tool", "template": "no"}, {"name": "default", "template": "yes"}]
+    edit(tmp_path, "tokenizer_config.json", chat_template=several)
+    assert TokenizerFiles(tmp_path, {}).chat_template == "yes"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert TokenizerFiles(tmp_path, {}).chat_template == "file"
+
+
+def test_gpt_2_is_the_expression_of_byte_level_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    edit(tmp_path, "tokenizer.json", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    assert metadata(tmp_path)["tokenizer.ggml.pre"] == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer must be LLaMA-3's or GPT-2's"),
+        ({"pre_tokenizer": None}, "pre_tokenizer must be"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer must be"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+            "pre_tokenizer must be",
+        ),
+        ({"model": {"type": "Unigram", "vocab": []}}, r"model\.type must be BPE, got 'Unigram'"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, r"model\.merges must not be empty"),
+        (
+            {"added_tokens": [{"id": 304, "content": "x", "special": True}]},
+            r"every id must be below the model's vocab_size \(304\), got 304",
+        ),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, object], message: str
+) -> None:
+    edit(tmp_path, "tokenizer.json", **changes)
+    with pytest.raises(UserError, match=r"tokenizer\.json: " + message):
+        metadata(tmp_path)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"bos_token_id must be below vocab_size \(304\), got 128000"):
+        metadata(tmp_path, bos_token_id=128000)

@@ -1,10 +1,10 @@
 """Where the YAML is, how `+recipe=NAME` is found, and how a YAML node becomes a checked object.
 
-    recipes/NAME.yaml   is registered in Hydra's ConfigStore (group "recipe", package _global_) before Hydra runs, because
-                        Hydra names a group after its folder and would look for conf/recipe/. This works the same in a
-                        checkout, in an installed wheel and in sweeps, and a user's own recipes still come by --config-dir.
-    _target_: a.b.C     names a frozen dataclass; `build` merges the node into its fields, so that unknown keys and wrong
-                        types are errors before anything runs, and the ranges are checked by the class itself.
+recipes/NAME.yaml   is registered in Hydra's ConfigStore (group "recipe", package _global_) before Hydra runs, because
+                    Hydra names a group after its folder and would look for conf/recipe/. This works the same in a
+                    checkout, in an installed wheel and in sweeps, and a user's own recipes still come by --config-dir.
+_target_: a.b.C     names a frozen dataclass; `build` merges the node into its fields, so that unknown keys and wrong
+                    types are errors before anything runs, and the ranges are checked by the class itself.
 """
 
 import difflib

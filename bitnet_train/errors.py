@@ -14,7 +14,7 @@ EXIT_REQUEUE = 85
 
 
 class UserError(ValueError):
-    """A wrong configuration, file or row. The message names the file, the field or row, the rule, the value, the remedy."""
+    """A wrong configuration, file or row; the message names it, the rule, the value and the remedy."""
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -1,6 +1,6 @@
 """Text from a model: nucleus sampling, one token at a time, with keys and values cached.
 
-    python tools/generate.py SRC --prompt TEXT [--chat] [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]
+python tools/generate.py SRC --prompt TEXT [--chat] [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]
 """
 
 import argparse
@@ -74,7 +74,7 @@ def complete(
         prompt_ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
     if len(prompt_ids) >= model.config.max_position_embeddings:
         raise UserError(
-            f"--prompt has {len(prompt_ids)} tokens, the model's context {model.config.max_position_embeddings}; shorten it"
+            f"--prompt has {len(prompt_ids)} tokens, the context {model.config.max_position_embeddings}; shorten it"
         )
     generator = torch.Generator().manual_seed(seed)
     new = generate(model, prompt_ids, tokenizer.stop_token_ids, max_new_tokens, temperature, top_p, generator)

@@ -29,7 +29,8 @@ def parameter_groups(parameters: NamedParameters, decay_norms: bool) -> list[dic
 
     Each group carries `decays`, by which the training module sets its weight decay.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for _, parameter in parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 or decay_norms else kept).append(parameter)

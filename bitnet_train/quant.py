@@ -110,7 +110,7 @@ class _BitLinears(Function):
         return tuple(ternary_linear(quantized, w, bias, dtype) for w, bias in zip(ternary, biases, strict=True))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, *flat = ctx.saved_tensors
         ternary = [TernaryWeight(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
@@ -155,5 +155,5 @@ def bit_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        outputs: tuple[Tensor, ...] = _BitLinears.apply(x, dtype, len(weights), *weights, *biases)
+        outputs: tuple[Tensor, ...] = _BitLinears.apply(x, dtype, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
     return outputs

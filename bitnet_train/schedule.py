@@ -1,13 +1,15 @@
 """Learning rate and weight decay as pure functions of the step: nothing to save, nothing to restore.
 
-BitNet trains in two stages: at T/2 the learning rate falls at once to a lower curve and weight decay ends. Two shapes are published:
+BitNet trains in two stages: at T/2 the learning rate falls at once to a lower curve and weight decay ends. Two shapes
+are published:
 
-    two_stage_linear  P t / W for t < W, then P + (end - P)(t - W)/(T - W), with P = P1 for t < T/2 and P2 from there on.
+    two_stage_linear  P t / W for t < W, then P + (end - P)(t - W)/(T - W); P = P1 for t < T/2, P2 from there on.
                       Weight decay is constant, then 0. (Training Tips, Code and FAQ, figure of the schedules.)
-    two_stage_cosine  P1's cosine to `end` over T, and from T/2 on the cosine of P2; weight decay rises to its peak along
-                      a cosine in stage 1 and is 0 in stage 2. (BitNet b1.58 2B4T report, arXiv 2504.12285, section 3.1.)
+    two_stage_cosine  P1's cosine to `end` over T, from T/2 on P2's; weight decay rises to its peak along a cosine in
+                      stage 1 and is 0 in stage 2. (BitNet b1.58 2B4T report, arXiv 2504.12285, section 3.1.)
 
-Both curves of a shape run over the whole of T: the second stage joins its curve in the middle, without a second warm-up.
+Both curves of a shape run over the whole of T: the second stage joins its curve in the middle, without a second
+warm-up.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.model.config import BitNetConfig
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix bold potions".split()
+WORDS = re.findall(r"\w+", "the quick brown fox jumps over a lazy dog while seven wizards quietly mix bold potions")
 
 TINY = BitNetConfig(
     vocab_size=384,

@@ -48,9 +48,11 @@ CODE_BYTES = 1_000_000
 MODULE_BYTES = 100_000  # longer modules are left out of the code
 CONTEXT = 512  # tokens of a conversation, at most
 
-# Parts of the standard library that are tests, tables or other people's wheels, and the home of the topics.
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "pydoc_data"}
-SKIPPED |= {"site-packages", "dist-packages"}
+# Not training text: tests, tables, wheels, what belongs to this machine, and the module that the topics come from.
+SKIPPED = re.compile(
+    r"(^|/)(tests?|idlelib|lib2to3|encodings|turtledemo|ensurepip|pydoc_data|site-packages|dist-packages)/"
+    r"|_sysconfigdata|sitecustomize"
+)
 
 WHAT = (
     "What does the ruff rule `{name}` check?",
@@ -158,8 +160,8 @@ def english() -> Texts:
 def library() -> Texts:
     """The standard library's modules: path -> source."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in sorted(root.rglob("*.py")) if not SKIPPED & set(file.relative_to(root).parts)]
-    return {file.relative_to(root).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.py")}
+    return {name: files[name].read_text(encoding="utf-8") for name in sorted(files) if not SKIPPED.search(name)}
 
 
 def docstrings(source: str) -> str:

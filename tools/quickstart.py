@@ -136,7 +136,9 @@ def _english() -> Likelihood:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(description="Train, export, verify and sample a small BitNet under runs/quickstart.")
+    parser = argparse.ArgumentParser(
+        description="Train, export, verify and sample a small BitNet under runs/quickstart."
+    )
     parser.add_argument("overrides", nargs="*", help="given to every stage, for example max_steps=4")
     overrides = parser.parse_args().overrides
     command("tools/prepare_quickstart.py", "--out", str(ROOT / "data"))

@@ -13,8 +13,8 @@ IGNORE_INDEX = -100
 class TokenBatch(NamedTuple):
     """Rows of tokens, int64 `(batch, seq)` each.
 
-    `labels[b, t]` is the id that position t predicts, or -100: already shifted. Positions restart with every document of
-    a row, and equal `document_ids` within a row may see each other.
+    `labels[b, t]` is the id that position t predicts, or -100: already shifted. Positions restart with every document
+    of a row, and equal `document_ids` within a row may see each other.
     """
 
     input_ids: Tensor

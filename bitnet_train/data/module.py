@@ -1,10 +1,11 @@
-"""From paths to batches: the data configurations (text, chat, preference) and the LightningDataModule that serves them."""
+"""From paths to batches: the data configurations (text, chat, preference) and the LightningDataModule over them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from bitnet_train.data.sources import Row, located, messages_of, read_rows, text
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 
-Paths = str | list[str]
+Item = TypeVar("Item", bound=Sized)
 LONG_ROWS = ("drop", "truncate", "error")
 _ENCODE_AT_ONCE = 1024  # documents per call of the tokenizer, which spreads them over the cores
 
@@ -37,7 +38,7 @@ class _Data(ABC):
     """What every kind of data is configured by.
 
     Attributes:
-        train: files, globs, folders or hub ids; required to train.
+        train: files, globs, folders or hub ids, or a list of {path, weight}; required to train.
         val: the same for validation; null validates nothing.
         tokenizer: a folder with tokenizer.json; null takes the one that comes with init_from.
         sequence_length: positions per row, in tokens.
@@ -56,23 +57,62 @@ class _Data(ABC):
         if self.sequence_length < 2:
             raise UserError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
 
+    def rows(self, sources: Any, tokenizer: Tokenizer) -> Rows:
+        """Reads, tokenizes and arranges the sources: paths, or a list of {path, weight} mixed by token share."""
+        named = [_named(source) for source in sources] if isinstance(sources, list) else [_named(sources)]
+        if not any(weight for _, weight in named):
+            return self._arrange(self._read([path for path, _ in named], tokenizer), tokenizer)
+        groups = [self._read([path], tokenizer) for path, _ in named]
+        return self._arrange(mix(groups, [weight or 1.0 for _, weight in named]), tokenizer)
+
     @abstractmethod
-    def rows(self, paths: Paths, tokenizer: Tokenizer) -> Rows:
-        """Reads, tokenizes and arranges what the paths hold."""
+    def _read(self, paths: list[str], tokenizer: Tokenizer) -> list[Any]:
+        """The tokenized items of the paths; len(item) is its number of tokens."""
+
+    @abstractmethod
+    def _arrange(self, items: list[Any], tokenizer: Tokenizer) -> Rows:
+        """Items to rows."""
+
+
+def _named(source: Any) -> tuple[str, float | None]:
+    """Path and weight of an entry of data.train or data.val."""
+    if isinstance(source, str):
+        return source, None
+    if not isinstance(source, dict) or set(source) != {"path", "weight"} or not source["weight"] > 0:
+        raise UserError(f"data: an entry must be a path or {{path: ..., weight: above 0}}, got {source}")
+    return str(source["path"]), float(source["weight"])
+
+
+def mix(groups: Sequence[Sequence[Item]], weights: Sequence[float]) -> list[Item]:
+    """Items of several sources, so that source i holds weight_i / sum(weights) of the TOKENS.
+
+    The source that is repeated least is taken once; the others as often as their share asks for, the last time in part.
+    A share of rows would be another one wherever rows differ in length.
+    """
+    sizes = [sum(map(len, group)) for group in groups]
+    least = min(weight / size for weight, size in zip(weights, sizes, strict=True))
+    mixed: list[Item] = []
+    for group, weight, size in zip(groups, weights, sizes, strict=True):
+        whole, part = divmod(weight / size / least, 1.0)
+        mixed += list(group) * int(whole)
+        ends = accumulate(map(len, group))
+        mixed += [item for item, end in zip(group, ends, strict=True) if end <= part * size]
+    return mixed
 
 
 @dataclass(frozen=True)
 class TextData(_Data):
     """Documents for pre-training: `text` of every row, joined to a stream and cut every sequence_length tokens."""
 
-    def rows(self, paths: Paths, tokenizer: Tokenizer) -> StreamRows:
-        """BOS + document + EOS, one after the other."""
-        documents = [
+    def _read(self, paths: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+        return [
             [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
             for texts in _batched(map(text_of, read_rows(paths)))
             for ids in tokenizer.encode_batch(texts)
         ]
-        return StreamRows(documents, self.sequence_length, tokenizer.pad_token_id)
+
+    def _arrange(self, items: list[list[int]], tokenizer: Tokenizer) -> StreamRows:
+        return StreamRows(items, self.sequence_length, tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -87,44 +127,66 @@ class _LongRows(_Data):
             raise UserError(f"data.long_rows must be one of {', '.join(LONG_ROWS)}, got {self.long_rows!r}")
 
 
+class Conversation(NamedTuple):
+    """Token ids, and for each whether it is trained."""
+
+    ids: list[int]
+    trained: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 @dataclass(frozen=True)
 class ChatData(_LongRows):
     """Conversations for SFT, packed to rows, loss on what the assistant says (`train_on`: assistant, last or all)."""
 
     train_on: str = "assistant"
 
-    def rows(self, paths: Paths, tokenizer: Tokenizer) -> PackedRows:
-        """Every conversation in the tokenizer's chat template."""
+    def _read(self, paths: list[str], tokenizer: Tokenizer) -> list[Conversation]:
         fitting = _Fitting(self.sequence_length + 1, self.long_rows)
-        ids, trained = [], []
+        chats = []
         for row in read_rows(paths):
             with located(row):
                 chat = encode_chat(messages_of(row), tokenizer, self.train_on)
             kept = fitting.length(row, len(chat.input_ids))
             if any(chat.trained[1:kept]):
-                ids.append(chat.input_ids[:kept])
-                trained.append(chat.trained[:kept])
-        fitting.report(paths, len(ids))
+                chats.append(Conversation(chat.input_ids[:kept], chat.trained[:kept]))
+        fitting.report(paths, len(chats))
+        return chats
+
+    def _arrange(self, items: list[Conversation], tokenizer: Tokenizer) -> PackedRows:
+        ids, trained = [chat.ids for chat in items], [chat.trained for chat in items]
         return PackedRows(ids, trained, self.sequence_length, tokenizer.pad_token_id)
+
+
+class _EncodedPair(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def __len__(self) -> int:
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True)
 class PreferenceData(_LongRows):
     """Pairs of completions of one prompt for DPO."""
 
-    def rows(self, paths: Paths, tokenizer: Tokenizer) -> PairRows:
-        """Prompt and completions in the tokenizer's chat template."""
+    def _read(self, paths: list[str], tokenizer: Tokenizer) -> list[_EncodedPair]:
         fitting = _Fitting(self.sequence_length + 1, self.long_rows)
-        prompts, chosen, rejected = [], [], []
+        pairs = []
         for row in read_rows(paths):
             with located(row):
-                prompt, good, bad = encode_pair(pair_of(row), tokenizer)
-            room = fitting.length(row, len(prompt) + max(len(good), len(bad))) - len(prompt)
+                prompt, chosen, rejected = encode_pair(pair_of(row), tokenizer)
+            room = fitting.length(row, len(prompt) + max(len(chosen), len(rejected))) - len(prompt)
             if room > 0:
-                prompts.append(prompt)
-                chosen.append(good[:room])
-                rejected.append(bad[:room])
-        fitting.report(paths, len(prompts))
+                pairs.append(_EncodedPair(prompt, chosen[:room], rejected[:room]))
+        fitting.report(paths, len(pairs))
+        return pairs
+
+    def _arrange(self, items: list[_EncodedPair], tokenizer: Tokenizer) -> PairRows:
+        prompts, chosen, rejected = ([pair[i] for pair in items] for i in range(3))
         return PairRows(prompts, chosen, rejected, tokenizer.pad_token_id)
 
 
@@ -149,10 +211,10 @@ class _Fitting:
         self.long, self.lost = self.long + 1, self.lost + length - kept
         return kept
 
-    def report(self, paths: Paths, left: int) -> None:
+    def report(self, paths: list[str], left: int) -> None:
         """One line if anything was lost; an error if nothing is left."""
         verb = "truncated" if self.rule == "truncate" else "dropped"
-        line = f"data: {paths}: {self.long} of {self.seen} rows {verb}, {self.lost} tokens lost"
+        line = f"data: {', '.join(paths)}: {self.long} of {self.seen} rows {verb}, {self.lost} tokens lost"
         if not left:
             raise UserError(f"{line}: no row is left to train on; raise data.sequence_length above {self.capacity - 1}")
         if self.long:
@@ -215,9 +277,7 @@ class DataModule(L.LightningDataModule):
                 f"({self.micro_batch_size} x {ranks}), got {self.global_batch_size}"
             )
         count = len(self.row_sets["train"])
-        order = MicroBatches(
-            count, self.seed, self.global_batch_size, self.micro_batch_size, self.steps, rank, ranks
-        )
+        order = MicroBatches(count, self.seed, self.global_batch_size, self.micro_batch_size, self.steps, rank, ranks)
         order.first_step = self.first_step
         return order
 

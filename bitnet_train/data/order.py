@@ -2,9 +2,10 @@
 
     epoch = p // n      i = p % n      sample = permutation(seed, epoch)(i)
 
-The permutation is a balanced Feistel network over the smallest domain 4^b >= n, walked until it lands below n: it needs no memory, so
-that it works for any number of samples, and every rank and worker computes the same. (Black and Rogaway, "Ciphers with arbitrary
-finite domains", CT-RSA 2002, the cycle-walking and Feistel constructions; round function: splitmix64's finaliser.)
+The permutation is a balanced Feistel network over the smallest domain 4^b >= n, walked until it lands below n: it
+needs no memory, so that it works for any number of samples, and every rank and worker computes the same. (Black and
+Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, the cycle-walking and Feistel constructions; round
+function: splitmix64's finaliser.)
 """
 
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class MicroBatches:
     """The micro-batches of one rank, from an optimizer step on to the end of the run: a batch sampler.
 
     In every optimizer step, micro-batch m of rank r reads the positions
-    step * G + (m * ranks + r) * B + [0, B), with G = global_batch_size and B = micro_batch_size: the ranks together read
-    the same samples in the same order, however many they are.
+    step * G + (m * ranks + r) * B + [0, B), with G = global_batch_size and B = micro_batch_size: the ranks together
+    read the same samples in the same order, however many they are.
 
     Attributes:
         first_step: the optimizer step to start from; set before a resumed run iterates.

@@ -1,7 +1,7 @@
-"""From token ids of documents to rows of a fixed length: a stream that is cut (pre-training) or whole bins (conversations).
+"""From token ids to rows of a fixed length: a stream that is cut (pre-training) or whole bins (conversations).
 
-A row has sequence_length + 1 ids, so that it gives sequence_length positions with a label each. Rows of a stream overlap by
-that one id: every token of a corpus but the first of each document is predicted exactly once per epoch.
+A row has sequence_length + 1 ids, so that it gives sequence_length positions with a label each. Rows of a stream
+overlap by that one id: every token of a corpus but the first of each document is predicted exactly once per epoch.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ class PackedRows:
 class PairRow(NamedTuple):
     """A preference pair and its number: two rows of prompt and completion, the completion trained."""
 
-    index: int
+    number: int
     chosen: TokenRow
     rejected: TokenRow
 
@@ -128,7 +128,7 @@ class PairRows:
         tokens = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], self.pad_id)
         if self.reference_logps is None:
             return PairBatch(tokens, torch.full((2, len(pairs)), float("nan")))
-        return PairBatch(tokens, self.reference_logps[:, [p.index for p in pairs]])
+        return PairBatch(tokens, self.reference_logps[:, [p.number for p in pairs]])
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

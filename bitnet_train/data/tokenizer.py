@@ -123,7 +123,7 @@ class Tokenizer:
 
     def quote(self, text: str) -> str:
         """The text with a mark within every name of a special token, so that `parse_special` reads it as text."""
-        return self._special_names.sub(lambda name: name[0][0] + _QUOTE + name[0][1:], text.replace(_QUOTE, ""))
+        return self._special_names.sub(lambda name: name[0][0] + _QUOTE + name[0][1:], text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of ids; incomplete UTF-8 sequences become U+FFFD."""

@@ -4,8 +4,9 @@
     perplexity     exp(nll)
     bits_per_byte  - sum log2 p(token) / bytes of the text    comparable between tokenizers, and with a compressor
 
-Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context allows; every
-token but BOS is predicted once, EOS included. Of conversations the answers alone count, with their end-of-turn token.
+Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context allows;
+every token but BOS is predicted once, EOS included. Of conversations the answers alone count, with their end-of-turn
+token.
 """
 
 import math
@@ -48,7 +49,7 @@ def evaluate(
     length = sequence_length or model.config.max_position_embeddings
     if length > model.config.max_position_embeddings:
         raise UserError(
-            f"--sequence-length must be at most the model's context ({model.config.max_position_embeddings}), got {length}"
+            f"--sequence-length must be at most the context ({model.config.max_position_embeddings}), got {length}"
         )
     if _holds_text(paths):
         rows: Rows = TextData(sequence_length=length).rows(paths, tokenizer)

@@ -45,7 +45,7 @@ class KVCache:
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """True where a query may look at a key: same document and not later. `(batch, seq)` to bool `(batch, 1, seq, seq)`."""
+    """True where a query sees a key: same document, not later. `(batch, seq)` to bool `(batch, 1, seq, seq)`."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]
 
@@ -66,7 +66,8 @@ class BitNetAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """`(batch, seq, heads * head_dim)` to `(batch, heads, seq, head_dim)`."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
 
     def forward(self, x: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         q, k, v = map(self._heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))

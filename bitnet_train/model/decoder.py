@@ -28,7 +28,8 @@ class BitNetDecoderLayer(nn.Module):
 
     def forward(self, h: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         h = h + self.self_attn(self.input_layernorm(h), by, mask, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        output: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return output
 
 
 class BitNetModel(nn.Module):

@@ -21,7 +21,8 @@ class _RMSNorm(Function):
         mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         r = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x32 * r).mul_(weight)
+        y: Tensor = (x32 * r).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -49,5 +50,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from bitnet_train.model.decoder import BitNetForCausalLM
 Reduction = str  # "mean" or "sum"
 
 
-class StageOutput(NamedTuple):
+@dataclass(frozen=True)
+class StageOutput:
     """Sums over one micro-batch. The module adds them up over micro-batches and ranks and divides by the whole count.
 
     `loss_sum` and `count` have shape (); `metrics` holds sums of the same kind, logged as sum / count.

@@ -2,8 +2,9 @@
 
     loss = -log sigmoid(beta ((log pi_c - log ref_c) - (log pi_r - log ref_r)))
 
-with log pi the sum of the completion's token log-probabilities (Rafailov et al., arXiv 2305.18290, equation 7). The reference never
-sits in memory during training: its log-probabilities are computed once, before the first step, and travel with the pairs.
+with log pi the sum of the completion's token log-probabilities (Rafailov et al., arXiv 2305.18290, equation 7). The
+reference never sits in memory during training: its log-probabilities are computed once, before the first step, and
+travel with the pairs.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class DirectPreference(Stage):
         cache_dir: Path,
         precision: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Gives every pair the initial model's log-probabilities, from the cache where weights and pairs are the same."""
+        """Gives every pair the initial model's log-probabilities; cached by weights and pairs."""
         weights = _weights_hash(model)
         for pairs in rows.values():
             file = cache_dir / f"reference-{weights[:16]}-{pairs.fingerprint[:16]}.safetensors"

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the answers of conversations, with BitNet's summed loss.
 
-The 2B4T report (arXiv 2504.12285, section 3.2) sums the cross-entropy over the tokens of a batch instead of averaging it and raises the
-learning rate. The sum runs over the global batch, so that a token weighs the same however rows, micro-batches and ranks divide it.
+The 2B4T report (arXiv 2504.12285, section 3.2) sums the cross-entropy over the tokens of a batch instead of averaging
+it and raises the learning rate. The sum runs over the global batch, so that a token weighs the same however rows,
+micro-batches and ranks divide it.
 """
 
 from dataclasses import dataclass

@@ -23,8 +23,8 @@ class StopRequested(Exception):
 class Checkpointing(L.Callback):
     """Saves every `every` steps and when asked; stops when asked, with the state saved.
 
-    Asked means: a signal (the handler only sets a flag), or a file SAVE or STOP in the run directory. Everything happens at
-    a step boundary, after the validation of that step, so that a resumed run repeats nothing.
+    Asked means: a signal (the handler only sets a flag), or a file SAVE or STOP in the run directory. Everything
+    happens at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
 
     Args:
         run_dir: where SAVE and STOP are looked for.

@@ -1,11 +1,11 @@
 """Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
 
-    checkpoints/.tmp-<uuid>/state.pt        weights, optimizer, step, tokens, RNG: plain containers, loads with weights_only
+    checkpoints/.tmp-<uuid>/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
     checkpoints/.tmp-<uuid>/manifest.json   size and sha256 of every file, written last
     checkpoints/step-000100/                the folder after its rename; `last` is a link to the newest
 
-The order is: files, manifest, fsync, rename, fsync of the parent. A kill at any moment leaves the earlier checkpoints as
-they were. Resuming takes the highest step whose manifest verifies, and renames one that does not to `.bad`.
+The order is: files, manifest, fsync, rename, fsync of the parent. A kill at any moment leaves the earlier checkpoints
+as they were. Resuming takes the highest step whose manifest verifies, and renames one that does not to `.bad`.
 """
 
 import hashlib

@@ -5,7 +5,8 @@ update they are divided once, by the count of the whole global batch ("mean"), o
 
     grad = sum_micro sum_rank grad(loss_sum) / (sum_micro sum_rank count  |  1)
 
-Returned naively, Lightning would divide by the number of micro-batches and DDP would average over ranks: a mean of means.
+Returned naively, Lightning would divide by the number of micro-batches and DDP would average over ranks: a mean of
+means.
 """
 
 import math

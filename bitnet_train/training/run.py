@@ -1,9 +1,9 @@
 """A run, from its configuration to the folder of its result.
 
-    start       weights and tokenizer (init_from, or fresh), data, stage
-    resume      the newest checkpoint of the run directory, if there is one
-    fit         Lightning's loop over `TrainingModule`
-    result      run_dir/model, an HF folder of master weights; status.json says how it ended
+start       weights and tokenizer (init_from, or fresh), data, stage
+resume      the newest checkpoint of the run directory, if there is one
+fit         Lightning's loop over `TrainingModule`
+result      run_dir/model, an HF folder of master weights; status.json says how it ended
 """
 
 import ctypes.util
@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +114,7 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     stage = configuration.build(config.stage, "stage")
     optimizer = configuration.build(config.optimizer, "optimizer")
     schedule = configuration.build(config.schedule, "schedule")
-    data = DataModule(
-        data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size
-    )
+    data = DataModule(data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size)
     data.steps = total_steps(settings, data)
     module = TrainingModule(model, stage, optimizer, schedule, data.steps, settings.log_every)
     return Parts(settings, run_dir, tokenizer, data, module)
@@ -129,7 +126,9 @@ def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> 
         folder = source_folder(init_from, "init_from")
         return load_for_training(folder), Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
     if tokenizer is None:
-        raise UserError("data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR")
+        raise UserError(
+            "data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR"
+        )
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
 
 

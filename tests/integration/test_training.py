@@ -74,13 +74,17 @@ def status(run_dir: Path) -> dict[str, object]:
 
 def start(data: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "bitnet_train", *overrides]
-    return subprocess.Popen(command, cwd=data, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=data, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and any(f'"step": {step},' in line for line in (run_dir / "metrics.jsonl").open()):
+        if (run_dir / "metrics.jsonl").exists() and any(
+            f'"step": {step},' in line for line in (run_dir / "metrics.jsonl").open()
+        ):
             return
         time.sleep(0.02)
     raise AssertionError(f"{run_dir}: step {step} was not reached")
@@ -100,7 +104,14 @@ def test_a_run_leaves_what_the_interface_promises(pretrained: Path) -> None:
     assert [event["step"] for event in metrics(pretrained)] == list(range(1, 13))
     assert {path.name for path in (pretrained / "checkpoints").iterdir()} == {"step-000009", "step-000012", "last"}
     names = {path.name for path in (pretrained / "model").iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "README.md",
+    }
     folder = HFFolder(pretrained / "model")
     assert folder.config["quantization_config"]["quantization_mode"] == "online"
     assert len(folder.files) == 2 * 11 + 2
@@ -168,7 +179,14 @@ def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
 
 
 def test_sft_and_dpo_go_on_from_the_stage_before(data: Path, pretrained: Path) -> None:
-    common = ["trainer=cpu", "max_steps=4", "log_every=1", "val_every=2", "data.sequence_length=127", "global_batch_size=4"]
+    common = [
+        "trainer=cpu",
+        "max_steps=4",
+        "log_every=1",
+        "val_every=2",
+        "data.sequence_length=127",
+        "global_batch_size=4",
+    ]
     sft = train(
         "recipe=quickstart-sft", *common, "init_from=whole", "run_dir=sft", "data.train=chat.jsonl",
         "data.val=chat.jsonl", "micro_batch_size=2", cwd=data,

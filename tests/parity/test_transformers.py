@@ -49,21 +49,23 @@ def theirs(ours: BitNetForCausalLM) -> nn.Module:
     if quantization is not None:
         quantization.pop("quant_method")
         replace_with_bitnet_linear(model.model, [], BitNetQuantConfig(**quantization))
-        for name, module in model.named_modules():
+        for module in model.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False)
     missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if ours.config.tie_word_embeddings else [])
     model.tie_weights()
-    return model.train()
+    model.train()
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def relative(got: Tensor | None, want: Tensor | None) -> float:
     """Norm of the difference over the norm of what is wanted."""
     assert got is not None
     assert want is not None
-    return ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+    return float(((got - want).norm() / want.norm().clamp(min=1e-12)).item())
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["dense", "ternary"])
@@ -99,9 +101,9 @@ def test_one_bitlinear_has_the_same_codes_outputs_and_gradients(bias: bool) -> N
     reference.load_state_dict(ours.state_dict())
     x = torch.randn(3, 17, 96, requires_grad=True)
     codes, scale = quantize_weight(ours.weight)
-    assert torch.equal(codes, (WeightQuant.apply(ours.weight) / scale).round().to(torch.int8))
+    assert torch.equal(codes, (WeightQuant.apply(ours.weight) / scale).round().to(torch.int8))  # type: ignore[no-untyped-call]
     activation = quantize_activation(x)
-    assert torch.equal(activation.codes, (ActQuant.apply(x) * activation.scale).round().to(torch.int8))
+    assert torch.equal(activation.codes, (ActQuant.apply(x) * activation.scale).round().to(torch.int8))  # type: ignore[no-untyped-call]
     y, expected = ours(x), reference(x)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     grads = torch.autograd.grad(y.square().sum(), [x, *ours.parameters()])

@@ -29,7 +29,10 @@ def fake_quantized(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (x * s).round().clamp(-128, 127) / s, w
 
 
-@given(st.lists(st.floats(-3, 3, width=32, allow_subnormal=False), min_size=1, max_size=64), st.floats(2**-16, 10, width=32, allow_subnormal=False))
+@given(
+    st.lists(st.floats(-3, 3, width=32, allow_subnormal=False), min_size=1, max_size=64),
+    st.floats(2**-16, 10, width=32, allow_subnormal=False),
+)
 def test_codes_are_the_rounded_quotients(values: list[float], scale: float) -> None:
     weight, g = torch.tensor(values), torch.tensor(scale)
     assert torch.equal(ternary_codes(weight, g), (weight / g).round().clamp(-1, 1).to(torch.int8))
@@ -110,8 +113,9 @@ def test_several_layers_at_once_are_each_layer_alone() -> None:
     alone = [bit_linear(x, [weight], [None])[0] for weight in weights]
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a, b)
-    grads = torch.autograd.grad(sum(y.square().sum() for y in together), [x, *weights])
-    for got, want in zip(grads, torch.autograd.grad(sum(y.square().sum() for y in alone), [x, *weights]), strict=True):
+    losses = [torch.stack([y.square().sum() for y in outputs]).sum() for outputs in (together, alone)]
+    grads, wanted = (torch.autograd.grad(loss, [x, *weights]) for loss in losses)
+    for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, want)
 
 

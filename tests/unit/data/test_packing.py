@@ -29,7 +29,9 @@ def test_packed_conversations_are_whole_and_trained_once(conversations: list[lis
     trained = [[i % 3 == 1 for i in range(len(c))] for c in conversations]
     rows = PackedRows(conversations, trained, length, pad_id=0)
     got = sorted(token for i in range(len(rows)) for token in predicted(rows[i]))
-    assert got == sorted(t for c, mask in zip(conversations, trained, strict=True) for t, m in zip(c, mask, strict=True) if m)
+    assert got == sorted(
+        t for c, mask in zip(conversations, trained, strict=True) for t, m in zip(c, mask, strict=True) if m
+    )
     assert max(len(rows[i].ids) for i in range(len(rows))) <= length + 1
 
 
@@ -70,6 +72,10 @@ def test_pairs_train_their_completions_and_carry_their_reference() -> None:
 
 def test_the_fingerprint_of_pairs_sees_prompts_completions_and_their_border() -> None:
     base = PairRows([[1, 2]], [[3]], [[4]], 0).fingerprint
-    others = [PairRows([[1]], [[2, 3]], [[4]], 0), PairRows([[1, 2]], [[4]], [[3]], 0), PairRows([[1, 2]], [[3]], [[5]], 0)]
+    others = [
+        PairRows([[1]], [[2, 3]], [[4]], 0),
+        PairRows([[1, 2]], [[4]], [[3]], 0),
+        PairRows([[1, 2]], [[3]], [[5]], 0),
+    ]
     assert len({base, *(other.fingerprint for other in others)}) == 4
     assert PairRows([[1, 2]], [[3]], [[4]], 0).fingerprint == base

@@ -105,13 +105,21 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
 
 
 def test_expand_is_sorted_and_without_repetition(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.txt", "sub/c.parquet", "README.md", ".hidden.jsonl", ".cache/d.jsonl", "state.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    found = [
+        "a.txt",
+        "b.jsonl",
+        "c.json.xz",
+        "d/a.arrow",
+        "d/b/c.parquet",
+        *(f"e{number}.jsonl" for number in range(9)),
+    ]
+    for name in [*found[::-1], "README.md", ".hidden.jsonl", ".cache/d.jsonl", "state.json"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "sub/c.parquet")]
-    assert expand(str(tmp_path)) == found
-    assert expand([str(tmp_path / "*.jsonl"), str(tmp_path), found[0]]) == found
-    assert expand(str(tmp_path / "**" / "*.parquet")) == found[2:]
+    paths = [str(tmp_path / name) for name in found]
+    assert expand(str(tmp_path)) == paths
+    assert expand([paths[3], str(tmp_path / "*.jsonl"), str(tmp_path), paths[0]]) == paths
+    assert expand(str(tmp_path / "**" / "*.parquet")) == paths[4:5]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl", "a/missing.parquet", "empty", "missing"])
@@ -157,7 +165,14 @@ def test_a_local_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "owner" / "name" / "a.txt").write_text("here")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(datasets, "load_dataset")
     assert fields(read_rows("owner/name")) == [{"text": "here"}]
+
+
+def test_a_file_name_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data/train\.jsonl: no such file or folder"):
+        read_rows("data/train.jsonl")
 
 
 # ---- damaged files ----

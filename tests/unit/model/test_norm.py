@@ -22,13 +22,13 @@ def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, expected.float())
     grad = torch.randn_like(y)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-2, 1e-2)
     for got, want in zip(
         torch.autograd.grad(y, (x, norm.weight), grad),
         torch.autograd.grad(expected, (x, norm.weight), grad.double()),
         strict=True,
     ):
-        torch.testing.assert_close(got, want, **tolerance)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 def test_zeros_and_nan() -> None:

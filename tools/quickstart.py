@@ -83,8 +83,7 @@ def median_rate(stage: str) -> float:
 def stages_table(english: Likelihood, xz: float) -> Table:
     """Stage, steps, tokens/s, held-out figure before and after."""
     table = Table("stage", "steps", "tokens/s", "held-out figure", "before", "after")
-    nats = first_and_last("pretrain", "val/loss")
-    before = english["bits_per_byte"] * nats[0] / nats[1]
+    before = first_and_last("pretrain", "val/loss")[0] / english["nll"] * english["bits_per_byte"]
     rows = {
         "pretrain": (f"English, bits per byte (xz -9: {xz:.3f})", before, english["bits_per_byte"]),
         "sft": ("answers, nats per token", *first_and_last("sft", "val/loss")),
@@ -147,7 +146,7 @@ def _main() -> int:
     gguf = exported(ROOT / "model.gguf", format="gguf", type="i2_s")
     summary = json.loads((ROOT / "data" / "summary.json").read_text())
     console = Console(width=max(100, Console().width))
-    console.print(stages_table(_english(), summary["xz_bits_per_byte"]), exports_table([packed, gguf]))
+    console.print(stages_table(_english(), summary["heldout_xz"]["bits_per_byte_alone"]), exports_table([packed, gguf]))
     for question, answer in _samples(packed.path, ROOT / "data/sft/heldout.jsonl"):
         console.print(f"\n[bold]{question}[/bold]")
         console.print(answer.strip(), markup=False, highlight=False)

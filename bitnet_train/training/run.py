@@ -221,6 +221,8 @@ def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> 
         use_distributed_sampler=False,
         default_root_dir=parts.run_dir,
     )
+    if trainer.world_size > 1:
+        raise UserError(f"trainer.devices times trainer.num_nodes must be 1 in this version, got {trainer.world_size}")
     per_step = parts.data.micro_batches(trainer.global_rank, trainer.world_size).per_step
     trainer.accumulate_grad_batches = per_step
     trainer.val_check_interval = settings.val_every * per_step

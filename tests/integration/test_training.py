@@ -228,6 +228,7 @@ BAD_INPUT = {
     "data.sequence_length=129": "max_position_embeddings (128), got 129",
     "model.num_attention_heads=3": "model.num_attention_heads (3), got 128",
     "micro_batch_size=3": "global_batch_size must be a multiple",
+    "trainer.devices=2": "must be 1 in this version, got 2",
     "resume=nowhere": "resume=nowhere: no checkpoint there",
 }
 

@@ -1,0 +1,84 @@
+"""`make quickstart` with a few steps per stage: every part of the way, and what other programs make of its result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet_train.evaluation.perplexity import evaluate
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.model.pretrained import load_for_inference
+from tests.runtimes import ik_llama, ik_llama_quantize
+from tests.support import ROOT, python
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the quickstart was run; it starts from a link to the tools."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    (folder / "tools").symlink_to(ROOT / "tools")
+    result = python("tools/quickstart.py", "max_steps=4", cwd=folder, timeout=800)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "output.txt").write_text(result.stdout)
+    return folder
+
+
+def test_it_ends_with_figures_verified_exports_and_three_samples(quickstart: Path) -> None:
+    output = (quickstart / "output.txt").read_text()
+    assert output.count("verified: 14 matrices") == 2
+    assert "not verified" not in output
+    for stage in ("pretrain", "sft", "dpo"):
+        assert (quickstart / f"runs/quickstart/{stage}/model/model.safetensors").is_file()
+    assert sum(line.startswith(("What does", "Explain", "My linter")) for line in output.splitlines()) == 3
+
+
+def test_run_again_it_trains_nothing(quickstart: Path) -> None:
+    result = python("tools/quickstart.py", "max_steps=4", cwd=quickstart)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "+recipe=" not in result.stdout
+    assert result.stdout.count("verified: 14 matrices") == 2
+
+
+@pytest.mark.runtime
+def test_transformers_loses_nothing_chats_and_generates(quickstart: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    packed, heldout = quickstart / "runs/quickstart/packed", quickstart / "runs/quickstart/data/pretrain/heldout.jsonl"
+    text = quickstart / "some.jsonl"
+    text.write_text("".join(heldout.open().readlines()[:4]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype="auto").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packed)
+    total, count = 0.0, 0
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for line in text.open():
+            ids = torch.tensor([tokenizer(json.loads(line)["text"]).input_ids[:500] + [tokenizer.eos_token_id]])
+            assert ids[0, 0] == tokenizer.bos_token_id
+            assert ids[0, 1] != tokenizer.bos_token_id
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(prompt["input_ids"][0]).endswith("User: Hello<|eot_id|>Assistant: ")
+    assert generated.shape[1] > prompt["input_ids"].shape[1]
+    short = quickstart / "short.jsonl"
+    rows = [json.loads(line)["text"] for line in text.open()]
+    ours = Tokenizer.from_folder(packed)
+    short.write_text("".join(json.dumps({"text": ours.decode(ours.encode(row)[:499])}) + "\n" for row in rows))
+    nll = evaluate(load_for_inference(packed), ours, str(short), sequence_length=512)["nll"]
+    assert nll == pytest.approx(total / count, abs=0.01)
+
+
+@pytest.mark.runtime
+def test_ik_llama_quantizes_the_gguf_and_agrees(quickstart: Path) -> None:
+    pytest.importorskip("ik_llama_cpp")
+    folder = quickstart / "runs/quickstart"
+    ik_llama_quantize(folder / "model.gguf", quickstart / "ik.gguf", "IQ2_BN")
+    model, tokenizer = load_for_inference(folder / "dpo/model"), Tokenizer.from_folder(folder / "dpo/model")
+    text = json.loads((folder / "data/pretrain/heldout.jsonl").open().readline())["text"]
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text)[:199]]
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0].log_softmax(-1)
+    theirs = ik_llama(quickstart / "ik.gguf", ids).logits.log_softmax(-1)
+    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 0.01

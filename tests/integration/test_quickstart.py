@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.model.pretrained import load_for_inference
 from tests.runtimes import ik_llama, ik_llama_quantize
 from tests.support import ROOT, python
@@ -51,7 +51,7 @@ def test_transformers_loses_nothing_chats_and_generates(quickstart: Path) -> Non
     total, count = 0.0, 0
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         for line in text.open():
-            ids = torch.tensor([tokenizer(json.loads(line)["text"]).input_ids[:500] + [tokenizer.eos_token_id]])
+            ids = torch.tensor([[*tokenizer(json.loads(line)["text"]).input_ids[:500], tokenizer.eos_token_id]])
             assert ids[0, 0] == tokenizer.bos_token_id
             assert ids[0, 1] != tokenizer.bos_token_id
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)

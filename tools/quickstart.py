@@ -120,7 +120,7 @@ def _samples(packed: Path, heldout: Path) -> list[tuple[str, str]]:
             rules.append(name)
     model, tokenizer = load_for_inference(packed), Tokenizer.from_folder(packed)
     asked = [question.format(rule=rule) for question, rule in zip(QUESTIONS, rules, strict=False)]
-    return [(q, complete(model, tokenizer, q, chat=True, max_new_tokens=64)) for q in asked]
+    return [(q, complete(model, tokenizer, q, chat=True, max_new_tokens=64, temperature=0.7, top_p=0.9)) for q in asked]
 
 
 def _english() -> Likelihood:

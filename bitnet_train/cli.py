@@ -44,7 +44,7 @@ def _main() -> int:
 
     try:
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         raise UserError(_one_line(error)) from error
     if mistakes:
         raise mistakes[0]
@@ -60,10 +60,12 @@ def _job(config: DictConfig) -> int:
     try:
         run(settings, config)
     except StopRequested as stop:
-        log.info("stopped (%s), state saved; start the same command again to go on", stop)
+        log.info("stopped (%s), state saved; start again with resume=auto to go on", stop)
         return EXIT_REQUEUE
     except UserError:
         raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
     except Exception:
         log.exception("the run failed")
         return EXIT_FAILURE

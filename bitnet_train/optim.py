@@ -55,10 +55,11 @@ class AdamW:
     grad_clip: float
 
     def __post_init__(self) -> None:
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
-                raise UserError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if self.grad_clip < 0.0:
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"optimizer.betas must lie in [0, 1) and be two, got {self.betas}")
+        if not self.eps > 0.0:
+            raise UserError(f"optimizer.eps must be above 0, got {self.eps}")
+        if not self.grad_clip >= 0.0:
             raise UserError(f"optimizer.grad_clip must be at least 0 (0: no clipping), got {self.grad_clip}")
 
     def build(self, parameters: NamedParameters) -> Optimizer:

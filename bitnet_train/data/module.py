@@ -1,5 +1,6 @@
 """From paths to batches: the data configurations (text, chat, preference) and the LightningDataModule over them."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _ENCODE_AT_ONCE = 1024  # documents per call of the tokenizer, which spreads the
 
 class Rows(Protocol):
     """Rows of token ids that a loader can index, and the function that makes a batch of them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the rows hold."""
+        ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
@@ -54,6 +60,8 @@ class _Data(ABC):
     cache_dir: str = "~/.cache/bitnet_train"
 
     def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if self.sequence_length < 2:
             raise UserError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
 
@@ -78,9 +86,10 @@ def _named(source: Any) -> tuple[str, float | None]:
     """Path and weight of an entry of data.train or data.val."""
     if isinstance(source, str):
         return source, None
-    if not isinstance(source, dict) or set(source) != {"path", "weight"} or not source["weight"] > 0:
+    weight = source.get("weight") if isinstance(source, dict) else None
+    if set(source) != {"path", "weight"} or not isinstance(weight, int | float) or not weight > 0:
         raise UserError(f"data: an entry must be a path or {{path: ..., weight: above 0}}, got {source}")
-    return str(source["path"]), float(source["weight"])
+    return str(source["path"]), float(weight)
 
 
 def mix(groups: Sequence[Sequence[Item]], weights: Sequence[float]) -> list[Item]:
@@ -109,9 +118,12 @@ class TextData(_Data):
             [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
             for texts in _batched(map(text_of, read_rows(paths)))
             for ids in tokenizer.encode_batch(texts)
+            if ids
         ]
 
     def _arrange(self, items: list[list[int]], tokenizer: Tokenizer) -> StreamRows:
+        if not items:
+            raise UserError("data: every text is empty; give documents with text")
         return StreamRows(items, self.sequence_length, tokenizer.pad_token_id)
 
 
@@ -218,7 +230,7 @@ class _Fitting:
         if not left:
             raise UserError(f"{line}: no row is left to train on; raise data.sequence_length above {self.capacity - 1}")
         if self.long:
-            print(line, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ overlap by that one id: every token of a corpus but the first of each document i
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ class StreamRows:
         self.ids = np.concatenate([np.asarray(document, dtype=np.uint32) for document in documents])
         self.starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
         self.sequence_length, self.pad_id = sequence_length, pad_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the stream and of where its documents start."""
+        return hashlib.sha256(self.ids.tobytes() + self.starts.tobytes()).hexdigest()
 
     def collate(self, rows: Sequence[TokenRow]) -> TokenBatch:
         """See `batches.collate`."""
@@ -57,6 +63,14 @@ class PackedRows:
     ) -> None:
         self.ids, self.trained, self.pad_id = ids, trained, pad_id
         self.bins = best_fit([len(conversation) for conversation in ids], sequence_length + 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every row's ids, mask and documents."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(np.stack(self[index]).tobytes())
+        return digest.hexdigest()
 
     def collate(self, rows: Sequence[TokenRow]) -> TokenBatch:
         """See `batches.collate`."""

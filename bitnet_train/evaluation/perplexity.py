@@ -55,7 +55,7 @@ def evaluate(
         rows: Rows = TextData(sequence_length=length).rows(paths, tokenizer)
         size = sum(len(text_of(row).encode()) for row in read_rows(paths))
     else:
-        rows = ChatData(sequence_length=length, long_rows="truncate").rows(paths, tokenizer)
+        rows = ChatData(sequence_length=length, long_rows="error").rows(paths, tokenizer)
         size = sum(_answer_bytes(messages_of(row)) for row in read_rows(paths))
     nll_sum, tokens = total_nll(model, rows)
     nll = nll_sum / tokens
@@ -69,7 +69,7 @@ def _holds_text(paths: str | list[str]) -> bool:
 
 
 def _answer_bytes(messages: list) -> int:  # type: ignore[type-arg]
-    return sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
+    return sum(len(message["content"].strip().encode()) for message in messages if message["role"] == "assistant")
 
 
 @torch.inference_mode()

@@ -57,6 +57,11 @@ class BitNetConfig:
             )
         if self.hidden_act not in HIDDEN_ACTS:
             raise UserError(f"model.hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}")
+        if not (self.initializer_range > 0.0 and self.rope_theta > 0.0 and self.rms_norm_eps >= 0.0):
+            raise UserError(
+                "model.initializer_range and model.rope_theta must be above 0, model.rms_norm_eps at least 0, got "
+                f"{self.initializer_range}, {self.rope_theta}, {self.rms_norm_eps}"
+            )
         if not 0.0 <= self.attention_dropout < 1.0:
             raise UserError(f"model.attention_dropout must lie in [0, 1), got {self.attention_dropout}")
 
@@ -93,7 +98,10 @@ class BitNetConfig:
             raise UserError(f"config.json: rope scaling must be 'default' for this decoder, got {rope_type!r}")
         known = {field.name for field in fields(cls)} - {"quantize"}
         values = {name: value for name, value in config.items() if name in known and value is not None}
+        # What transformers takes where config.json is silent
         values.setdefault("num_key_value_heads", config.get("num_attention_heads", cls.num_attention_heads))
+        values.setdefault("tie_word_embeddings", False)
+        values.setdefault("max_position_embeddings", 2048)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        return cls(**values, quantize="quantization_config" in config)
+        return cls(**values, quantize=config.get("quantization_config") is not None)

@@ -52,7 +52,7 @@ class DirectPreference(Stage):
         precision: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Gives every pair the initial model's log-probabilities; cached by weights and pairs."""
-        weights = _weights_hash(model)
+        weights = _model_hash(model, precision)
         for pairs in rows.values():
             file = cache_dir / f"reference-{weights[:16]}-{pairs.fingerprint[:16]}.safetensors"
             if not file.exists():
@@ -85,8 +85,11 @@ def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int =
     return logps
 
 
-def _weights_hash(model: BitNetForCausalLM) -> str:
-    digest = hashlib.sha256()
+def _model_hash(model: BitNetForCausalLM, precision: Callable[[], AbstractContextManager[None]]) -> str:
+    """Of all that decides about a log-probability: shape, weights, and whether products run in bfloat16."""
+    with precision():
+        autocast = torch.is_autocast_enabled(model.head_weight.device.type)
+    digest = hashlib.sha256(f"{model.config} {autocast}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

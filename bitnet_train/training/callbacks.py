@@ -3,7 +3,8 @@
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,21 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 class StopRequested(Exception):
     """The run was asked to stop and its state is saved; starting it again goes on."""
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Outside of training there is nothing to save: a signal ends the run at once, with the exit code of a stop."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopRequested(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Checkpointing(L.Callback):
@@ -36,31 +52,26 @@ class Checkpointing(L.Callback):
         self.run_dir, self.every, self.save = run_dir, every, save
         self._reason = ""
         self._saved_step = -1
-        self._before: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the signal handlers: Lightning, whose own would end the run without saving, has just done so."""
-        self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Puts back the handlers that were there before."""
-        while self._before:
-            signal.signal(*self._before.popitem())
+        """Installs the signal handlers; Lightning, whose own end the run without saving, puts the old ones back."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
 
     def _asked_by_file(self, name: str) -> bool:
-        file = self.run_dir / name
-        asked = file.exists()
-        file.unlink(missing_ok=True)
-        return asked
+        try:
+            (self.run_dir / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the handlers where no sanity check did. What a run starts from is not saved again."""
         assert isinstance(pl_module, TrainingModule)
-        if not self._before:
-            self.on_sanity_check_start(trainer, pl_module)
+        self.on_sanity_check_start(trainer, pl_module)
         self._saved_step = pl_module.step
 
     def on_train_batch_start(
@@ -77,12 +88,6 @@ class Checkpointing(L.Callback):
             self._save(pl_module)
         if self._reason:
             raise StopRequested(self._reason)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last step is saved in any case."""
-        assert isinstance(pl_module, TrainingModule)
-        if pl_module.step != self._saved_step:
-            self._save(pl_module)
 
     def _save(self, module: TrainingModule) -> None:
         self.save()
@@ -109,10 +114,21 @@ class ProgressReport(L.Callback):
             self._bar.add_task("starting", total=pl_module.steps, completed=pl_module.step)
             self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar, or prints what was logged since."""
+        """Moves the bar, or prints what the module has logged since."""
+        self._show(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the last step."""
+        self._show(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leaves the terminal as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _show(self, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         latest = pl_module.latest
         if self._bar is not None and latest:

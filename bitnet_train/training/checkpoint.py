@@ -10,6 +10,7 @@ as they were. Resuming takes the highest step whose manifest verifies, and renam
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -23,7 +24,9 @@ import torch
 from bitnet_train.errors import UserError
 
 STATE, MANIFEST, LAST = "state.pt", "manifest.json", "last"
-_PREFIX, _TEMPORARY, _BAD = "step-", ".tmp-", ".bad"
+_PREFIX, _TEMPORARY, _BAD, _OLD = "step-", ".tmp-", ".bad", ".old"
+
+log = logging.getLogger(__name__)
 
 
 def rng_state() -> dict[str, Any]:
@@ -64,6 +67,9 @@ def _entry(file: Path) -> dict[str, Any]:
 
 def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
     """Commits the state as `folder/step-<step>` and removes all but the newest `keep_last` checkpoints."""
+    target = folder / f"{_PREFIX}{step:06d}"
+    if target.exists():  # the run went on from it; the same step of the same run is the same state
+        return target
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -71,9 +77,6 @@ def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path
     (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
     for path in (temporary / STATE, temporary / MANIFEST, temporary):
         _fsync(path)
-    target = folder / f"{_PREFIX}{step:06d}"
-    if target.exists():
-        shutil.rmtree(target)
     temporary.rename(target)
     _link_last(target)
     _fsync(folder)
@@ -99,7 +102,7 @@ def verifies(checkpoint: Path) -> bool:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         return bool(manifest) and all(_entry(checkpoint / name) == entry for name, entry in manifest.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -110,10 +113,21 @@ def newest(folder: Path) -> Path | None:
     for checkpoint in reversed(_steps(folder)):
         if verifies(checkpoint):
             return checkpoint
-        bad = checkpoint.with_name(f"{checkpoint.name}{_BAD}")
-        shutil.rmtree(bad, ignore_errors=True)
-        checkpoint.rename(bad)
+        log.warning("%s is damaged and set aside as %s", checkpoint, _set_aside(checkpoint, _BAD).name)
     return None
+
+
+def _set_aside(checkpoint: Path, suffix: str) -> Path:
+    aside = checkpoint.with_name(f"{checkpoint.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Renames the checkpoints of later steps to `.old`: a run that starts before them is not to end in them."""
+    for checkpoint in _steps(folder):
+        if int(checkpoint.name.removeprefix(_PREFIX)) > step:
+            _set_aside(checkpoint, _OLD)
 
 
 def find(folder: Path, resume: str) -> Path | None:

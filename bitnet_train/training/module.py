@@ -75,6 +75,7 @@ class TrainingModule(L.LightningModule):
         step: optimizer steps done in the run, earlier starts included.
         tokens: positions trained on so far, over all ranks, without padding.
         latest: the last train metrics that were logged.
+        since_log: sums since then; part of a checkpoint.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class TrainingModule(L.LightningModule):
         self.step = self.tokens = 0
         self.latest: Metrics = {}
         self._micro_batches = 0
-        self._this_step, self._since_log, self._validation = Sums(), Sums(), Sums()
+        self._this_step, self.since_log, self._validation = Sums(), Sums(), Sums()
         self._update: Metrics = {}
-        self._clock = time.perf_counter()
+        self._clock = self._validation_started = time.perf_counter()
 
     @property
     def at_step_boundary(self) -> bool:
@@ -133,7 +134,7 @@ class TrainingModule(L.LightningModule):
         output = self.stage.step(self.model, batch)
         tokens = tokens_of(batch)
         self._this_step.add(output, tokens)
-        self._since_log.add(output, tokens)
+        self.since_log.add(output, tokens)
         self._micro_batches += 1
         return output.loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -166,12 +167,16 @@ class TrainingModule(L.LightningModule):
             self._log_training()
 
     def _log_training(self) -> None:
-        sums = self._since_log.reduce(self._over_ranks)
+        sums = self.since_log.reduce(self._over_ranks)
         now = time.perf_counter()
         rate = sums["tokens"] / (now - self._clock)
         self._clock = now
         self.latest = {**_averages(sums, "train"), **self._update, "train/tokens_per_second": rate}
         self._log(self.latest)
+
+    def on_validation_start(self) -> None:
+        """Notes the time, which is not that of training."""
+        self._validation_started = time.perf_counter()
 
     def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> None:
         """Adds one batch to the validation sums."""
@@ -180,7 +185,7 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs validation as sums over the whole set, divided once."""
         self._log(_averages(self._validation.reduce(self._over_ranks), "val"))
-        self._clock = time.perf_counter()
+        self._clock += time.perf_counter() - self._validation_started
 
     def _log(self, metrics: Metrics) -> None:
         if self.trainer.is_global_zero:

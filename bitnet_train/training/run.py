@@ -7,12 +7,15 @@ result      run_dir/model, an HF folder of master weights; status.json says how 
 """
 
 import ctypes.util
+import fcntl
 import json
 import logging
 import os
 import random
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +29,23 @@ from omegaconf import DictConfig
 
 from bitnet_train import config as configuration
 from bitnet_train.config import RunConfig
-from bitnet_train.data.module import DataModule
+from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
+from bitnet_train.stages.base import Stage
+from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import checkpoint
-from bitnet_train.training.callbacks import Checkpointing, ProgressReport, StopRequested
+from bitnet_train.training.callbacks import Checkpointing, ProgressReport, StopRequested, stop_on_signals
 from bitnet_train.training.card import model_card
 from bitnet_train.training.loggers import JsonlLogger, forget_after
 from bitnet_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
 
@@ -67,6 +73,10 @@ class Parts:
             "data.sequence_length": self.data.config.sequence_length,
             "rows of data.train": len(self.data.row_sets["train"]),
             "steps": self.module.steps,
+            "data.train": self.data.row_sets["train"].fingerprint,
+            "optimizer": repr(self.module.optimizer_config),
+            "schedule": repr(self.module.schedule),
+            "stage's settings": repr(self.module.stage),
         }
 
 
@@ -79,14 +89,37 @@ def run(settings: RunConfig, config: DictConfig) -> None:
     """
     _quiet_lightning()
     _keep_freed_memory()
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    with stop_on_signals():
+        _run(settings, config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def _run(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
     parts = _build(settings, config, run_dir)
+    state = _resume(parts)
+    trainer = _trainer(parts, config, state)
     _print_plan(parts)
     if settings.dry_run:
         return
+    with _lock(run_dir):
+        _train(parts, trainer, state)
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Two runs in one directory would overwrite each other; the operating system frees the lock of one that dies."""
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run_dir={run_dir}: another run is at work there; wait for it or use another") from None
+        yield
+
+
+def _train(parts: Parts, trainer: L.Trainer, state: dict[str, Any] | None) -> None:
+    run_dir = parts.run_dir
     write_status(run_dir, "running", parts.module.step)
     try:
-        _fit(parts, config)
+        _fit(parts, trainer, state)
         _save_result(parts)
     except StopRequested as stop:
         write_status(run_dir, "requeue", parts.module.step, str(stop))
@@ -112,6 +145,7 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     model, tokenizer = _start(settings.init_from, data_config.tokenizer, config)
     _check_sizes(model.config, data_config.sequence_length, tokenizer)
     stage = configuration.build(config.stage, "stage")
+    _check_stage(stage, data_config)
     optimizer = configuration.build(config.optimizer, "optimizer")
     schedule = configuration.build(config.schedule, "schedule")
     data = DataModule(data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size)
@@ -130,6 +164,16 @@ def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> 
             "data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR"
         )
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
+
+
+def _check_stage(stage: Stage, data_config: Any) -> None:
+    if stage.reduction not in ("mean", "sum"):
+        raise UserError(f"stage.reduction must be mean or sum, got {stage.reduction!r}")
+    if isinstance(stage, DirectPreference) != isinstance(data_config, PreferenceData):
+        raise UserError(
+            f"stage {type(stage).__name__} does not read {type(data_config).__name__}; "
+            "pretrain and sft take data=text or data=chat, dpo takes data=preference"
+        )
 
 
 def _check_sizes(model: BitNetConfig, sequence_length: int, tokenizer: Tokenizer) -> None:
@@ -175,24 +219,32 @@ def _print_plan(parts: Parts) -> None:
     )
 
 
-def _fit(parts: Parts, config: DictConfig) -> None:
+def _resume(parts: Parts) -> dict[str, Any] | None:
+    """The state to go on from, if there is one; step and position are set already."""
+    found = checkpoint.find(parts.run_dir / "checkpoints", parts.settings.resume)
+    if found is None:
+        return None
+    state = checkpoint.load(found, parts.identity)
+    parts.module.step, parts.module.tokens = state["step"], state["tokens"]
+    parts.data.first_step = parts.module.step
+    log.info("resuming from %s", found)
+    return state
+
+
+def _fit(parts: Parts, trainer: L.Trainer, state: dict[str, Any] | None) -> None:
+    """Trains what is left. The last checkpoint comes after the last validation: found again, nothing is missing."""
+    module, data, settings = parts.module, parts.data, parts.settings
     folder = parts.run_dir / "checkpoints"
-    found = checkpoint.find(folder, parts.settings.resume)
-    state = checkpoint.load(found, parts.identity) if found else None
-    module, data = parts.module, parts.data
-    if state is not None:
-        module.step, module.tokens = state["step"], state["tokens"]
-        data.first_step = module.step
-        log.info("resuming from %s", found)
+    checkpoint.set_aside_after(folder, module.step if state else -1)
     forget_after(parts.run_dir / "metrics.jsonl", module.step if state else -1)
-    if module.step == module.steps:
-        assert state is not None
+    if state is not None and module.step == module.steps:
         module.model.load_state_dict(state["model"])
         return
-    trainer = _trainer(parts, config, state)
     trainer.fit(module, datamodule=data)
-    if module.step % parts.settings.val_every:
+    last = _training_state(parts)
+    if module.step % settings.val_every:
         trainer.validate(module, datamodule=data, verbose=False)
+    checkpoint.save(folder, module.step, last, settings.keep_last)
 
 
 def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> L.Trainer:
@@ -200,6 +252,7 @@ def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> 
 
     def save() -> None:
         checkpoint.save(folder, parts.module.step, _training_state(parts), settings.keep_last)
+        write_status(parts.run_dir, "running", parts.module.step)
 
     callbacks = [
         _Restore(state),
@@ -223,6 +276,10 @@ def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> 
     )
     if trainer.world_size > 1:
         raise UserError(f"trainer.devices times trainer.num_nodes must be 1 in this version, got {trainer.world_size}")
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision must be {' or '.join(PRECISIONS)} (float32 masters), got {trainer.precision}"
+        )
     per_step = parts.data.micro_batches(trainer.global_rank, trainer.world_size).per_step
     trainer.accumulate_grad_batches = per_step
     trainer.val_check_interval = settings.val_every * per_step
@@ -246,6 +303,7 @@ def _training_state(parts: Parts) -> dict[str, Any]:
         "model": module.model.state_dict(),
         "optimizer": module.trainer.optimizers[0].state_dict(),
         "rng": checkpoint.rng_state(),
+        "since_log": module.since_log.values,
     }
 
 
@@ -261,6 +319,9 @@ class _Restore(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         pl_module.model.load_state_dict(self.state["model"])
         trainer.optimizers[0].load_state_dict(self.state["optimizer"])
+        pl_module.since_log.values = {
+            name: value.to(pl_module.device) for name, value in self.state["since_log"].items()
+        }
         checkpoint.set_rng_state(self.state["rng"])
         self.state = None
 

@@ -1,6 +1,7 @@
 """Runs as users start them: the three stages in a row, a kill in the middle, a stop on request, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,6 +177,29 @@ def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
     assert "seed: 0 there, 1 now" in result.stderr
     assert "global_batch_size: 4 there, 8 now" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert status(pretrained)["state"] == "done"
+
+
+def test_starting_anew_does_not_end_in_the_old_run(data: Path, pretrained: Path) -> None:
+    run_dir = data / "anew"
+    assert train(*PRETRAIN, "run_dir=anew", "max_steps=6", "schedule.warmup_steps=1", cwd=data).returncode == 0
+    process = start(data, *PRETRAIN, "run_dir=anew", "resume=never")
+    wait_for_step(run_dir, 8)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert {path.name for path in (run_dir / "checkpoints").glob("*.old")} == {"step-000003.old", "step-000006.old"}
+    assert train(*PRETRAIN, "run_dir=anew", cwd=data).returncode == 0
+    assert same_model(run_dir, pretrained)
+
+
+def test_two_runs_in_one_directory_are_refused(data: Path) -> None:
+    first = start(data, *PRETRAIN, "run_dir=shared", "max_steps=400")
+    wait_for_step(data / "shared", 1)
+    second = train(*PRETRAIN, "run_dir=shared", "max_steps=400", cwd=data)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2
+    assert "another run is at work there" in second.stderr
 
 
 def test_sft_and_dpo_go_on_from_the_stage_before(data: Path, pretrained: Path) -> None:
@@ -228,6 +252,13 @@ BAD_INPUT = {
     "data.sequence_length=129": "max_position_embeddings (128), got 129",
     "model.num_attention_heads=3": "model.num_attention_heads (3), got 128",
     "micro_batch_size=3": "global_batch_size must be a multiple",
+    "trainer.precision=bf16-true": "trainer.precision must be bf16-mixed or 32-true",
+    "+trainer.foo=1": "foo",
+    "trainer=gpu": "gpu",
+    "optimizer.betas=[0.9]": "optimizer.betas must lie in [0, 1) and be two",
+    "stage=dpo": "stage DirectPreference does not read TextData",
+    "stage.reduction=avg": "stage.reduction must be mean or sum, got 'avg'",
+    "data.num_workers=-1": "data.num_workers must be at least 0",
     "trainer.devices=2": "must be 1 in this version, got 2",
     "resume=nowhere": "resume=nowhere: no checkpoint there",
 }
@@ -256,6 +287,20 @@ def test_bad_input_is_one_line_and_exit_2(
     assert len(error.splitlines()) == 1
     assert BAD_INPUT[override] in error
     assert not (bad / "bad/checkpoints").exists()
+
+
+def test_a_signal_before_training_is_a_stop_too(
+    bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr("bitnet_train.training.run._build", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(sys, "argv", ["bitnet-train", *PRETRAIN, "run_dir=early"])
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 85
+    assert "stopped (SIGUSR1)" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_bad_input_ends_the_process_with_2(bad: Path) -> None:

@@ -28,6 +28,9 @@ def main() -> NoReturn:
 
 
 def _main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own page copies the configuration a hundred times: 2 seconds
+        print(_help())
+        return 0
     configuration.register()
     sys.argv[1:] = [f"+{word}" if word.startswith("recipe=") else word for word in sys.argv[1:]]
     # Hydra would print its errors itself and exit with 1; this makes it raise them.
@@ -70,6 +73,25 @@ def _job(config: DictConfig) -> int:
         log.exception("the run failed")
         return EXIT_FAILURE
     return 0
+
+
+def _help() -> str:
+    """Recipes, groups and the run's own keys, as their files have them."""
+    groups = {
+        folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        for folder in sorted(configuration.CONF_DIR.iterdir())
+        if folder.is_dir()
+    }
+    own_keys = (configuration.CONF_DIR / "train.yaml").read_text().partition("recipe_name")[2].partition("\nhydra:")[0]
+    return "\n".join(
+        [
+            "bitnet-train +recipe=NAME [group=option ...] [key=value ...]",
+            f"\nrecipes: {', '.join(configuration.recipe_names())}\n",
+            *(f"{group}: {options}" for group, options in groups.items()),
+            f"\nrecipe_name{own_keys}",
+            "--cfg job --resolve prints the configuration of a run, -m sweeps, --hydra-help shows Hydra's own options.",
+        ]
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,35 @@
+"""What programs and people rely on when they call the command without training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_train.config import CONF_DIR, RECIPES_DIR
+from tests.support import environment
+
+RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "bitnet_train", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_recipes_groups_and_keys_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    result = run("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for name in (*RECIPES, *(path.stem for path in CONF_DIR.glob("*/*.yaml")), "run_dir", "dry_run", "val_every"):
+        assert name in result.stdout
+    assert " torch" not in result.stderr
+    assert " lightning" not in result.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("form", ["+recipe=", "recipe="])
+def test_every_recipe_composes_without_torch(tmp_path: Path, form: str, recipe: str) -> None:
+    result = run(f"{form}{recipe}", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert f"recipe_name: {recipe}" in result.stdout
+    assert " torch" not in result.stderr

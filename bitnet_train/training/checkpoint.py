@@ -1,20 +1,19 @@
 """Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
 
-    checkpoints/.tmp-<uuid>/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
-    checkpoints/.tmp-<uuid>/manifest.json   size and sha256 of every file, written last
-    checkpoints/step-000100/                the folder after its rename; `last` is a link to the newest
+    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
+    checkpoints/step-000100/manifest.json   size and sha256 of every file, written last
+    checkpoints/last                        a link to the newest
 
-The order is: files, manifest, fsync, rename, fsync of the parent. A kill at any moment leaves the earlier checkpoints
-as they were. Resuming takes the highest step whose manifest verifies, and renames one that does not to `.bad`.
+The order is that of `formats.atomic`: files, fsync, rename, fsync of the parent. A kill at any moment leaves the
+earlier checkpoints as they were. Resuming takes the highest step whose manifest verifies, and renames one that does
+not to `.bad`.
 """
 
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 
 from bitnet_train.errors import UserError
+from bitnet_train.formats.atomic import atomic_folder
 
 STATE, MANIFEST, LAST = "state.pt", "manifest.json", "last"
-_PREFIX, _TEMPORARY, _BAD, _OLD = "step-", ".tmp-", ".bad", ".old"
+_PREFIX, _TEMPORARY, _BAD, _OLD = "step-", ".tmp", ".bad", ".old"
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +52,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _entry(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
@@ -70,23 +62,18 @@ def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path
     target = folder / f"{_PREFIX}{step:06d}"
     if target.exists():  # the run went on from it; the same step of the same run is the same state
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    temporary.mkdir()
-    torch.save(state, temporary / STATE)
-    (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
-    for path in (temporary / STATE, temporary / MANIFEST, temporary):
-        _fsync(path)
-    temporary.rename(target)
+    with atomic_folder(target) as temporary:
+        torch.save(state, temporary / STATE)
+        (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
     _link_last(target)
-    _fsync(folder)
     for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
         shutil.rmtree(old)
     return target
 
 
 def _link_last(target: Path) -> None:
-    link = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    link = target.parent / f".{LAST}{_TEMPORARY}"
+    link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(target.parent / LAST)
 
@@ -108,7 +95,7 @@ def verifies(checkpoint: Path) -> bool:
 
 def newest(folder: Path) -> Path | None:
     """The newest intact checkpoint. Leftovers of killed saves are removed, damaged checkpoints renamed to `.bad`."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+    for leftover in folder.glob(f".*{_TEMPORARY}"):
         leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     for checkpoint in reversed(_steps(folder)):
         if verifies(checkpoint):

@@ -95,13 +95,12 @@ def run(settings: RunConfig, config: DictConfig) -> None:
 
 def _run(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
     parts = _build(settings, config, run_dir)
-    state = _resume(parts)
-    trainer = _trainer(parts, config, state)
-    _print_plan(parts)
-    if settings.dry_run:
-        return
     with _lock(run_dir):
-        _train(parts, trainer, state)
+        state = _resume(parts)
+        trainer = _trainer(parts, config, state)
+        _print_plan(parts)
+        if not settings.dry_run:
+            _train(parts, trainer, state)
 
 
 @contextmanager

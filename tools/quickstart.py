@@ -55,12 +55,12 @@ def train(overrides: list[str]) -> None:
 
 
 def exported(target: Path, **how: Any) -> ExportResult:
-    """The export, made if it is not there, and compared with the masters in any case."""
+    """The export, made if it is not there or is of other masters, and compared with them in any case."""
     source = ROOT / "dpo" / "model"
-    if not target.exists():
-        return export(source, target, check=True, **how)
-    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-    return ExportResult(target, size, (), verify(source, target))
+    if target.exists() and not (verification := verify(source, target)).mismatches:
+        size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+        return ExportResult(target, size, (), verification)
+    return export(source, target, check=True, force=True, **how)
 
 
 def events(stage: str) -> list[Metrics]:

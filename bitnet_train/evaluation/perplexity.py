@@ -19,7 +19,7 @@ from bitnet_train.data.module import ChatData, Rows, TextData
 from bitnet_train.data.sources import messages_of, read_rows, text_of
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
-from bitnet_train.losses import IGNORE_INDEX, cross_entropy_sum
+from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 _ROWS_AT_ONCE = 4

@@ -21,7 +21,8 @@ from torch import Tensor
 from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.packing import PairRows
 from bitnet_train.errors import UserError
-from bitnet_train.losses import dpo_sigmoid_sum, token_logps
+from bitnet_train.losses.preference import dpo_sigmoid_sum
+from bitnet_train.losses.tokens import token_logps
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.stages.base import Reduction, Stage, StageOutput
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bitnet_train.data.batches import TokenBatch
-from bitnet_train.losses import IGNORE_INDEX, cross_entropy_sum
+from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.stages.base import Reduction, Stage, StageOutput
 

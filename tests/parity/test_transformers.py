@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet_train.losses import cross_entropy_sum
+from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.attention import KVCache
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig

@@ -1,11 +1,12 @@
-"""losses.py against the plain formulas."""
+"""The losses against the plain formulas."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bitnet_train import losses
-from bitnet_train.losses import IGNORE_INDEX, cross_entropy_sum, dpo_sigmoid_sum, token_logps
+from bitnet_train.losses import tokens
+from bitnet_train.losses.preference import dpo_sigmoid_sum
+from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum, token_logps
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,7 +19,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("logits_per_chunk", [50, 200, 1 << 24])
 def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, logits_per_chunk: int) -> None:
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setattr(tokens, "LOGITS_PER_CHUNK", logits_per_chunk)
     hidden, weight, labels = problem()
     loss = cross_entropy_sum(hidden, weight, labels)
     plain = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="sum")

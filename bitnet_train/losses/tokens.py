@@ -1,8 +1,7 @@
-"""Losses as sums: tensors in, sums out. Whoever calls them divides once, by the count of the whole global batch.
+"""Losses over tokens, as sums.
 
 token_logps      log p(label_t | prefix), never holding `(tokens, vocab)` logits
 cross_entropy    - sum_t log p(label_t)
-dpo_sigmoid      - sum_i log sigmoid(beta ((log pi_c - log ref_c) - (log pi_r - log ref_r)))
 """
 
 import torch
@@ -41,14 +40,3 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """-sum log p(label), in nats; arguments as in `token_logps`."""
     return -token_logps(hidden, weight, labels).sum()
-
-
-def dpo_sigmoid_sum(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """-sum log sigmoid(beta (chosen - rejected)), Rafailov et al. (arXiv 2305.18290, equation 7).
-
-    Args:
-        chosen_logratios: `(pairs,)`, log pi(chosen) - log ref(chosen), each summed over the completion's tokens.
-        rejected_logratios: the same for the rejected completions.
-        beta: strength of the pull towards the reference.
-    """
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios)).sum()

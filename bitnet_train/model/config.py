@@ -113,7 +113,7 @@ class BitNetConfig:
 def rope_fields(config: Mapping[str, Any], trained: int) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, where they are set, from any config.json.
 
-    It holds `rope_parameters` (transformers 5), or `rope_scaling`, its type once called `type`, with `rope_theta` beside.
+    It holds `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`, whose type was once called `type`.
 
     Args:
         config: the content of config.json.
@@ -135,8 +135,8 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], trained: int) -> RopeScali
     values = {name: value for name, value in rope.items() if (name, value) != ("partial_rotary_factor", 1.0)}
     if unknown := values.keys() - known:
         raise UserError(
-            f"config.json: rope_scaling.{min(unknown)} is no field that this decoder knows, got rope_type {rope_type!r} "
-            f"with {dict(rope)}"
+            f"config.json: rope_scaling.{min(unknown)} is no field that this decoder knows, "
+            f"got rope_type {rope_type!r} with {dict(rope)}"
         )
     if rope_type != "linear" and values.get("original_max_position_embeddings") is None:
         values["original_max_position_embeddings"] = trained

@@ -74,7 +74,9 @@ class RopeScaling:
             if value is None and name in required:
                 raise UserError(f"rope_scaling.{name} must be set for rope_type {self.rope_type}")
             if value is not None and name not in allowed:
-                raise UserError(f"rope_scaling.{name} is no field of rope_type {self.rope_type}, got {value}; leave it out")
+                raise UserError(
+                    f"rope_scaling.{name} is no field of rope_type {self.rope_type}, got {value}; leave it out"
+                )
         if not self.factor >= 1.0:
             raise UserError(f"rope_scaling.factor must be at least 1, got {self.factor}")
         for name in ("original_max_position_embeddings", "attention_factor"):
@@ -112,7 +114,9 @@ class RopeScaling:
         """The frequencies of the long context, float32 `(head_dim / 2,)`, from those of the trained one."""
         if self.rope_type == "linear":
             return frequencies / self.factor
-        kept = self._kept_by_turns(frequencies) if self.rope_type == "llama3" else self._kept_by_index(frequencies, theta)
+        kept = (
+            self._kept_by_turns(frequencies) if self.rope_type == "llama3" else self._kept_by_index(frequencies, theta)
+        )
         return frequencies * (kept + (1.0 - kept) / self.factor)
 
     def _kept_by_turns(self, frequencies: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_ik_llama_scales_positions_as_they_were_trained(tmp_path: Path, scaling:
         trained, unscaled = scaled(ids[None])[0], model(ids[None])[0]
     export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", type="f32")
     found = mean_kl(trained, ik_llama(tmp_path / "model.gguf", ids.tolist()).logits)
-    assert found < 0.01
+    assert found < 0.002
     assert mean_kl(trained, unscaled) > 5 * found
 
 

@@ -57,7 +57,9 @@ def test_cos_and_sin_are_those_of_transformers(name: str, heads: int) -> None:
     by = rotation(POSITIONS, ours.head_dim, ours.rope_theta, ours.rope_scaling)
     # A last bit of a frequency, 6e-8 of it, is an angle of 2e-3 at position 32768.
     expected = reference(torch.zeros(1), POSITIONS)
-    assert reference.attention_scaling == pytest.approx(1.0 if ours.rope_scaling is None else ours.rope_scaling.magnitude)
+    assert reference.attention_scaling == pytest.approx(
+        1.0 if ours.rope_scaling is None else ours.rope_scaling.magnitude
+    )
     for got, want in zip(by, expected, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got[:, 0, :5], want[:, :5], rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train import config as configuration
 from bitnet_train.config import RunConfig
@@ -34,7 +34,8 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
+from bitnet_train.model.pretrained import SpecialIds, save_pretrained, source_folder
+from bitnet_train.model.start import start_from, starting_config
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import checkpoint
@@ -141,7 +142,7 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
     data_config = configuration.build(config.data, "data")
-    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config)
+    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config, run_dir)
     _check_sizes(model.config, data_config.sequence_length, tokenizer)
     stage = configuration.build(config.stage, "stage")
     _check_stage(stage, data_config)
@@ -153,16 +154,34 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     return Parts(settings, run_dir, tokenizer, data, module)
 
 
-def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> tuple[BitNetForCausalLM, Tokenizer]:
+def _start(
+    init_from: str | None, tokenizer: str | None, config: DictConfig, run_dir: Path
+) -> tuple[BitNetForCausalLM, Tokenizer]:
     """Weights and tokenizer: those of init_from, or fresh weights and the tokenizer of data.tokenizer."""
     if init_from is not None:
         folder = source_folder(init_from, "init_from")
-        return load_for_training(folder), Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
+        model, report = start_from(folder, _varied(starting_config(folder), config.model))
+        log.info("%s", report)
+        (run_dir / "init_from.txt").write_text(f"{report}\n", encoding="utf-8")
+        return model, Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
     if tokenizer is None:
         raise UserError(
             "data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR"
         )
+    if "_target_" not in config.model:
+        raise UserError("model=inherit takes the model of init_from, which is not set; choose another model=")
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
+
+
+def _varied(config: BitNetConfig, node: DictConfig) -> BitNetConfig:
+    """The configuration that comes with init_from, with the fields set under model=inherit in place of its own."""
+    if "_target_" in node:
+        return config
+    values: dict[Any, Any] = {"_target_": f"{BitNetConfig.__module__}.{BitNetConfig.__name__}", **asdict(config)}
+    values |= {name: value for name, value in node.items() if value is not None}
+    varied = configuration.build(OmegaConf.create(values), "model")
+    assert isinstance(varied, BitNetConfig)
+    return varied
 
 
 def _check_stage(stage: Stage, data_config: Any) -> None:

@@ -24,7 +24,8 @@ def theirs(ours: BitNetForCausalLM) -> nn.Module:
     """transformers' model with our weights, in training mode; its linears quantise online where ours do."""
     json = ours.config.to_json()
     quantization = json.pop("quantization_config", None)
-    config = transformers.BitNetConfig(**json, bos_token_id=0, eos_token_id=1, attn_implementation="eager")
+    config = transformers.BitNetConfig(**json, bos_token_id=0, eos_token_id=1)
+    config._attn_implementation = "eager"
     model = transformers.BitNetForCausalLM(config)
     if quantization is not None:
         quantization.pop("quant_method")
@@ -36,23 +37,21 @@ def theirs(ours: BitNetForCausalLM) -> nn.Module:
     assert unexpected == []
     assert missing == (["lm_head.weight"] if ours.config.tie_word_embeddings else [])
     model.tie_weights()
+    model.train()
     assert isinstance(model, nn.Module)
-    return model.train()
+    return model
 
 
 @contextmanager
 def bitlinear_inputs(reference: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Fills a mapping with what each AutoBitLinear reads, by the layer's name, while the reference runs."""
+    names: dict[nn.Module, str] = {m: name for name, m in reference.named_modules() if isinstance(m, AutoBitLinear)}
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-            inputs[name] = args[0].detach()
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        inputs[names[module]] = args[0].detach()
 
-        return dict(reference.named_modules())[name].register_forward_pre_hook(hook)
-
-    names = [name for name, module in reference.named_modules() if isinstance(module, AutoBitLinear)]
-    handles = [keep(name) for name in names]
+    handles = [module.register_forward_pre_hook(keep) for module in names]
     try:
         yield inputs
     finally:

@@ -5,6 +5,7 @@ dwarfs the mean square the sub-norm is a division by sqrt(eps): the output shows
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def sums_of_weights(training: bool) -> Tensor:
         nn.init.eye_(attention.o_proj.weight)
         by = rotation(torch.arange(SEQ)[None], CONFIG.head_dim, CONFIG.rope_theta)
         output: Tensor = attention(torch.randn(256, SEQ, CONFIG.hidden_size), by, None)
-    return output.unflatten(-1, (CONFIG.num_attention_heads, -1))[..., 0] * EPS**0.5
+    heads: Tensor = output.unflatten(-1, (CONFIG.num_attention_heads, -1))
+    return heads[..., 0] * math.sqrt(EPS)
 
 
 def test_without_training_the_weights_sum_to_one() -> None:

@@ -318,6 +318,37 @@ void softmax_backward(Y *scores, Y *grad, int64_t rows, int64_t keys, float fact
     }
 }
 
+// Log-probability of each row's label under softmax(logits), and the row's log-sum-exp.
+template <class Y>
+void log_likelihood(const Y *logits, const int64_t *labels, int64_t rows, int64_t vocab, float *logps, float *lse) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const Y *row = logits + t * vocab;
+        float largest = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < vocab; ++i) largest = largest > load(row[i]) ? largest : load(row[i]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < vocab; ++i) sum += exp_approx(load(row[i]) - largest);
+        lse[t] = largest + std::log(sum);
+        logps[t] = load(row[labels[t]]) - lse[t];
+    }
+}
+
+// logits <- softmax(logits) * p_factor - onehot(label) * label_factor, with one factor of each kind per row.
+template <class Y>
+void likelihood_gradient(Y *logits, const int64_t *labels, const float *lse, const float *p_factor,
+                         const float *label_factor, int64_t rows, int64_t vocab) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        Y *row = logits + t * vocab;
+        float shift = lse[t], factor = p_factor[t];
+        float label = exp_approx(load(row[labels[t]]) - shift) * factor - label_factor[t];
+#pragma omp simd
+        for (int64_t i = 0; i < vocab; ++i) store(exp_approx(load(row[i]) - shift) * factor, row[i]);
+        store(label, row[labels[t]]);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -367,6 +398,17 @@ NORM_BACKWARD(bf16, bf16, norm_backward_bf16_bf16)
     }
 ATTENTION(float, softmax_f32, softmax_backward_f32)
 ATTENTION(bf16, softmax_bf16, softmax_backward_bf16)
+
+#define LIKELIHOOD(Y, LIKELIHOOD, GRADIENT)                                                                            \
+    void LIKELIHOOD(const Y *logits, const int64_t *labels, int64_t rows, int64_t vocab, float *logps, float *lse) {   \
+        log_likelihood(logits, labels, rows, vocab, logps, lse);                                                       \
+    }                                                                                                                  \
+    void GRADIENT(Y *logits, const int64_t *labels, const float *lse, const float *p_factor,                           \
+                  const float *label_factor, int64_t rows, int64_t vocab) {                                            \
+        likelihood_gradient(logits, labels, lse, p_factor, label_factor, rows, vocab);                                 \
+    }
+LIKELIHOOD(float, log_likelihood_f32, likelihood_gradient_f32)
+LIKELIHOOD(bf16, log_likelihood_bf16, likelihood_gradient_bf16)
 
 // sum |w| of every block of `block` weights, in float64.
 void absolute_sums(const float *w, int64_t count, int64_t block, double *sums) {

@@ -177,6 +177,26 @@ def softmax_backward_(scores: Tensor, grad: Tensor, factor: float, window: Windo
     _call(name, scores, grad, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
 
 
+def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of labels under logits `(rows, vocab)`, and the log-sum-exp, float32 `(rows,)` each.
+
+    Raises:
+        IndexError: a label is not in [0, vocab).
+    """
+    rows, vocab = logits.shape
+    if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
+        raise IndexError(f"labels are in [{labels.min()}, {labels.max()}], the head has {vocab} rows")
+    logps, lse = torch.empty(rows), torch.empty(rows)
+    _call(f"log_likelihood_{_SUFFIX[logits.dtype]}", logits, labels, rows, vocab, logps, lse)
+    return logps, lse
+
+
+def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> None:
+    """Puts softmax * p_factor - onehot * label_factor in the place of the logits; factors float32 `(rows,)`."""
+    rows, vocab = logits.shape
+    _call(f"likelihood_gradient_{_SUFFIX[logits.dtype]}", logits, labels, lse, p_factor, label_factor, rows, vocab)
+
+
 def absolute_sums(weight: Tensor, block: int) -> Tensor:
     """sum |w| of every block of `block` float32 weights, float64."""
     sums = torch.empty(-(-weight.numel() // block), dtype=torch.float64)

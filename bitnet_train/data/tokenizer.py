@@ -144,6 +144,16 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
+    def byte_lengths(self) -> list[int]:
+        """Bytes of text that each id stands for; 0 for special tokens and for ids that are no token."""
+        lengths = [0] * self.vocab_size
+        for token, id in self._backend.get_vocab(with_added_tokens=False).items():
+            lengths[id] = len(token)  # byte-level: one character per byte
+        for id, added in self._backend.get_added_tokens_decoder().items():
+            lengths[id] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat template."""
         parts = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, self.chat_template]

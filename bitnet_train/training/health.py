@@ -1,0 +1,149 @@
+"""Whether ternary training is alive: what the codes and the activations of every decoder layer do.
+
+    minus, zero, plus      share of the codes -1, 0, +1
+    flip_rate              share of the codes that are others than at the last measurement
+    threshold_distance     mean of | |W| / g - 1/2 |: how far a latent weight is from another code, in units of g
+    scale                  g, the mean over the matrices
+    activation_absmax      largest absmax of a token at the input of a BitLinear
+    activation_saturation  share of the int8 codes that are -127 or 127: 1 / width where one outlier sets the scale
+
+A layer's figures are named health/layers.N/..., those of all layers health/... . Weights are measured whole,
+activations on at most 256 tokens of one micro-batch of this rank: what enters a BitLinear is what leaves the RMSNorm
+before it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_train.formats.packing import VALUES_PER_BYTE, pack_ternary
+from bitnet_train.model.bitlinear import BitLinear
+from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.norm import RMSNorm
+from bitnet_train.quant import INT8_MAX, quantize_activation, quantize_weight
+
+Metrics = dict[str, float]
+
+_TOKENS = 256
+_LOWER_BITS = 0b01010101  # the lower one of each pair
+NAMES = (
+    *("minus", "zero", "plus", "flip_rate", "threshold_distance", "scale"),
+    *("activation_absmax", "activation_saturation"),
+)
+
+
+class TernaryHealth:
+    """Measures a decoder every `every` optimizer steps; 0 never does.
+
+    Attributes:
+        codes: the packed codes of the last measurement, by name of the matrix; part of a checkpoint.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.codes: dict[str, Tensor] = {}
+        self._activations: list[list[Tensor]] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be measured."""
+        return self.every > 0 and step % self.every == 0
+
+    @contextmanager
+    def watching(self, model: BitNetForCausalLM, due: bool) -> Iterator[None]:
+        """Notes the activations of the forward pass within, if it is `due`."""
+        if not due:
+            yield
+            return
+        self._activations = [[] for _ in model.model.layers]
+        handles = [
+            norm.register_forward_hook(partial(_note, noted))
+            for noted, layer in zip(self._activations, model.model.layers, strict=True)
+            for norm in layer.modules()
+            if isinstance(norm, RMSNorm)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def start(self, model: BitNetForCausalLM) -> None:
+        """Flips are counted from the codes as they are now, unless earlier ones came with a checkpoint."""
+        if self.every > 0 and not self.codes:
+            named = _bit_linears(model.model.layers)
+            self.codes = {name: pack(quantize_weight(layer.weight).codes) for name, layer in named}
+
+    @torch.no_grad()
+    def measure(self, model: BitNetForCausalLM) -> Metrics:
+        """The figures of every layer and of all together; none for a model without BitLinears (the dense twin)."""
+        layers = model.model.layers
+        weights = [self._weight_sums(f"{index}.", layer) for index, layer in enumerate(layers)]
+        if not any(row.any() for row in weights):
+            return {}
+        table = torch.stack([torch.cat(row) for row in zip(weights, self._activation_sums(), strict=True)])
+        whole = torch.cat((table[:, :-1].sum(dim=0), table[:, -1].amax(dim=0, keepdim=True)))
+        figures = _figures(torch.cat((table, whole[None]))).tolist()
+        prefixes = [*(f"health/layers.{index}/" for index in range(len(layers))), "health/"]
+        return {
+            f"{prefix}{name}": value
+            for prefix, row in zip(prefixes, figures, strict=True)
+            for name, value in zip(NAMES, row, strict=True)
+        }
+
+    def _weight_sums(self, prefix: str, layer: nn.Module) -> Tensor:
+        """Sums over the matrices of a layer, float64: -1, 0, +1, flips, distances, weights, scales, matrices."""
+        sums = torch.zeros(8, dtype=torch.float64, device=next(layer.parameters()).device)
+        for name, matrix in _bit_linears(layer):
+            codes, scale = quantize_weight(matrix.weight)
+            packed = pack(codes)
+            flipped = flips(self.codes.get(prefix + name, packed), packed)
+            distance = (matrix.weight.abs() / scale - 0.5).abs().sum()
+            minus, plus = (codes < 0).sum(), (codes > 0).sum()
+            count = torch.full_like(minus, codes.numel())
+            of_matrix = (minus, count - minus - plus, plus, flipped, distance, count, scale, torch.ones_like(scale))
+            sums += torch.stack([value.double() for value in of_matrix])
+            self.codes[prefix + name] = packed
+        return sums
+
+    def _activation_sums(self) -> list[Tensor]:
+        """Of every layer, float64: saturated codes, codes, the largest absmax."""
+        noted = [torch.stack(layer) for layer in self._activations]
+        return [torch.cat((layer[:, :2].sum(dim=0), layer[:, 2].amax(dim=0, keepdim=True))) for layer in noted]
+
+
+def _figures(table: Tensor) -> Tensor:
+    """Rows of `_weight_sums` and `_activation_sums` to rows of `NAMES`."""
+    weights, scale, matrices, saturated, values, absmax = table[:, 5:].t()
+    return torch.cat((table[:, :5].t() / weights, torch.stack((scale / matrices, absmax, saturated / values)))).t()
+
+
+def _note(noted: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
+    """A forward hook: saturated codes, codes, and the largest absmax of a sample of the tokens."""
+    rows = output.detach().reshape(-1, output.shape[-1])
+    rows = rows[:: max(1, len(rows) // _TOKENS)][:_TOKENS].float()
+    codes = quantize_activation(rows).codes
+    saturated = (codes.abs() == INT8_MAX).sum()
+    sums = (saturated, torch.full_like(saturated, codes.numel()), rows.abs().max())
+    noted.append(torch.stack([value.double() for value in sums]))
+
+
+def _bit_linears(module: nn.Module) -> list[tuple[str, BitLinear]]:
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, BitLinear)]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes of any shape to a quarter of the bytes, uint8 `(ceil(n / 4), 1)`."""
+    flat = codes.flatten()
+    return pack_ternary(F.pad(flat, (0, -flat.numel() % VALUES_PER_BYTE))[:, None])
+
+
+def flips(before: Tensor, after: Tensor) -> Tensor:
+    """How many codes differ between two results of `pack`: int64, shape ()."""
+    differs = before ^ after
+    differs = (differs | differs >> 1) & _LOWER_BITS
+    return torch.stack([(differs >> 2 * k & 1).sum() for k in range(VALUES_PER_BYTE)]).sum()

@@ -1,12 +1,16 @@
-"""Causal attention with grouped keys and values, over rows that may hold several documents, with an optional cache."""
+"""Causal attention with grouped keys and values, over rows that may hold several documents, with an optional cache.
 
+h + o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v)) with q, k, v of x = norm(h), q and k turned by position.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_train.model.bitlinear import linear, project
+from bitnet_train.model.bitlinear import fused_linear, fusible, linear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.norm import RMSNorm
 from bitnet_train.model.rope import Rotation, rotate
@@ -51,7 +55,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
 
 
 class BitNetAttention(nn.Module):
-    """`(batch, seq, hidden)` to the same: o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v))."""
+    """The residual stream `(batch, seq, hidden)` to the same."""
 
     def __init__(self, config: BitNetConfig) -> None:
         super().__init__()
@@ -69,19 +73,36 @@ class BitNetAttention(nn.Module):
         heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
-    def forward(self, x: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = map(self._heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
-        q, k = rotate(q, by), rotate(k, by)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        causal = mask is None and q.shape[2] > 1
+    def _project(self, h: Tensor, norm: RMSNorm) -> Sequence[Tensor]:
+        """Queries, keys and values, `(batch, seq, heads * head_dim)` each."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if fusible(*layers):
+            return torch.split(fused_linear(h, layers, norm), [layer.out_features for layer in layers], dim=-1)
+        x = norm(h)
+        return [layer(x) for layer in layers]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`(batch, heads, seq, head_dim)`, keys and values with fewer heads, to `(batch, seq, hidden)`."""
         attended = F.scaled_dot_product_attention(
             q,
             k.repeat_interleave(self.groups, dim=1),
             v.repeat_interleave(self.groups, dim=1),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=mask is None and q.shape[2] > 1,
         )
-        output: Tensor = self.o_proj(self.attn_sub_norm(attended.transpose(1, 2).flatten(2)))
+        return attended.transpose(1, 2).flatten(2)
+
+    def forward(
+        self, h: Tensor, norm: RMSNorm, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The stream after this block; `norm` is the layer's norm before it."""
+        q, k, v = map(self._heads, self._project(h, norm))
+        q, k = rotate(q, by), rotate(k, by)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        attended = self._attend(q, k, v, mask)
+        if fusible(self.o_proj):
+            return fused_linear(attended, (self.o_proj,), self.attn_sub_norm, residual=h)
+        output: Tensor = h + self.o_proj(self.attn_sub_norm(attended))
         return output

@@ -27,8 +27,8 @@ class BitNetDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), by, mask, cache)
-        output: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        h = self.self_attn(h, self.input_layernorm, by, mask, cache)
+        output: Tensor = self.mlp(h, self.post_attention_layernorm)
         return output
 
 

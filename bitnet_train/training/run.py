@@ -6,13 +6,11 @@ fit         Lightning's loop over `TrainingModule`
 result      run_dir/model, an HF folder of master weights; status.json says how it ended
 """
 
-import ctypes.util
 import fcntl
 import json
 import logging
 import os
 import random
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from bitnet_train.config import RunConfig
 from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
@@ -47,7 +46,6 @@ from bitnet_train.training.module import TrainingModule
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
 
 
@@ -89,7 +87,7 @@ def run(settings: RunConfig, config: DictConfig) -> None:
         StopRequested: the run was asked to stop; its state is saved.
     """
     _quiet_lightning()
-    _keep_freed_memory()
+    keep_freed_memory()
     with stop_on_signals():
         _run(settings, config, Path(HydraConfig.get().runtime.output_dir))
 
@@ -350,14 +348,6 @@ def _save_result(parts: Parts) -> None:
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
     save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
-    libc = ctypes.util.find_library("c")
-    if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
-        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _quiet_lightning() -> None:

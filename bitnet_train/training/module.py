@@ -11,6 +11,7 @@ means.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -94,7 +95,8 @@ class TrainingModule(L.LightningModule):
         self.step = self.tokens = 0
         self.latest: Metrics = {}
         self._micro_batches = 0
-        self._this_step, self.since_log, self._validation = Sums(), Sums(), Sums()
+        self._this_step, self.since_log = Sums(), Sums()
+        self._validation: defaultdict[int, Sums] = defaultdict(Sums)
         self._update: Metrics = {}
         self._clock = self._validation_started = time.perf_counter()
 
@@ -171,20 +173,28 @@ class TrainingModule(L.LightningModule):
         now = time.perf_counter()
         rate = sums["tokens"] / (now - self._clock)
         self._clock = now
-        self.latest = {**_averages(sums, "train"), **self._update, "train/tokens_per_second": rate}
+        self.latest = {**_averages(sums, "train"), **self._update, **self._shares(), "train/tokens_per_second": rate}
         self._log(self.latest)
+
+    def _shares(self) -> Metrics:
+        """What the sources of a mixture contributed to the steps since the last log event, in tokens."""
+        first = (self.step - 1) // self.log_every * self.log_every
+        return {f"train/{name}": share for name, share in self._data().token_shares(first, self.step).items()}
 
     def on_validation_start(self) -> None:
         """Notes the time, which is not that of training."""
         self._validation_started = time.perf_counter()
 
-    def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> None:
-        """Adds one batch to the validation sums."""
-        self._validation.add(self.stage.step(self.model, batch), tokens_of(batch))
+    def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds one batch to the sums of its validation set."""
+        self._validation[dataloader_idx].add(self.stage.step(self.model, batch), tokens_of(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs validation as sums over the whole set, divided once."""
-        self._log(_averages(self._validation.reduce(self._over_ranks), "val"))
+        """Logs every validation set as sums over the whole set, divided once."""
+        metrics: Metrics = {}
+        for index, name in enumerate(self._data().validation_names):
+            metrics |= _averages(self._validation[index].reduce(self._over_ranks), name)
+        self._log(metrics)
         self._clock += time.perf_counter() - self._validation_started
 
     def _log(self, metrics: Metrics) -> None:

@@ -8,27 +8,26 @@
     activation_saturation  share of the int8 codes that are -127 or 127: 1 / width where one outlier sets the scale
 
 A layer's figures are named health/layers.N/..., those of all layers health/... . Weights are measured whole,
-activations on at most 256 tokens of one micro-batch of this rank: what enters a BitLinear is what leaves the RMSNorm
-before it.
+activations in a forward pass of its own over the first 256 positions of one row.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet_train.data.batches import TokenBatch
 from bitnet_train.formats.packing import VALUES_PER_BYTE, pack_ternary
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.norm import RMSNorm
 from bitnet_train.quant import INT8_MAX, quantize_activation, quantize_weight
 
 Metrics = dict[str, float]
 
-_TOKENS = 256
+_POSITIONS = 256
 _LOWER_BITS = 0b01010101  # the lower one of each pair
 NAMES = (
     *("minus", "zero", "plus", "flip_rate", "threshold_distance", "scale"),
@@ -46,30 +45,10 @@ class TernaryHealth:
     def __init__(self, every: int) -> None:
         self.every = every
         self.codes: dict[str, Tensor] = {}
-        self._activations: list[list[Tensor]] = []
 
     def is_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be measured."""
         return self.every > 0 and step % self.every == 0
-
-    @contextmanager
-    def watching(self, model: BitNetForCausalLM, due: bool) -> Iterator[None]:
-        """Notes the activations of the forward pass within, if it is `due`."""
-        if not due:
-            yield
-            return
-        self._activations = [[] for _ in model.model.layers]
-        handles = [
-            norm.register_forward_hook(partial(_note, noted))
-            for noted, layer in zip(self._activations, model.model.layers, strict=True)
-            for norm in layer.modules()
-            if isinstance(norm, RMSNorm)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def start(self, model: BitNetForCausalLM) -> None:
@@ -79,13 +58,13 @@ class TernaryHealth:
             self.codes = {name: pack(quantize_weight(layer.weight).codes) for name, layer in named}
 
     @torch.no_grad()
-    def measure(self, model: BitNetForCausalLM) -> Metrics:
+    def measure(self, model: BitNetForCausalLM, batch: TokenBatch) -> Metrics:
         """The figures of every layer and of all together; none for a model without BitLinears (the dense twin)."""
         layers = model.model.layers
         weights = [self._weight_sums(f"{index}.", layer) for index, layer in enumerate(layers)]
         if not any(row.any() for row in weights):
             return {}
-        table = torch.stack([torch.cat(row) for row in zip(weights, self._activation_sums(), strict=True)])
+        table = torch.stack([torch.cat(row) for row in zip(weights, activation_sums(model, batch), strict=True)])
         whole = torch.cat((table[:, :-1].sum(dim=0), table[:, -1].amax(dim=0, keepdim=True)))
         figures = _figures(torch.cat((table, whole[None]))).tolist()
         prefixes = [*(f"health/layers.{index}/" for index in range(len(layers))), "health/"]
@@ -110,25 +89,49 @@ class TernaryHealth:
             self.codes[prefix + name] = packed
         return sums
 
-    def _activation_sums(self) -> list[Tensor]:
-        """Of every layer, float64: saturated codes, codes, the largest absmax."""
-        noted = [torch.stack(layer) for layer in self._activations]
-        return [torch.cat((layer[:, :2].sum(dim=0), layer[:, 2].amax(dim=0, keepdim=True))) for layer in noted]
+
+def activation_sums(model: BitNetForCausalLM, batch: TokenBatch) -> list[Tensor]:
+    """What enters the BitLinears of every layer, float64 `(3,)`: saturated codes, codes, the largest absmax."""
+    layers = model.model.layers
+    noted: list[list[Tensor]] = [[] for _ in layers]
+    ids, _, positions, documents = (field[:1, :_POSITIONS] for field in batch)
+    with ExitStack() as stack:
+        stack.enter_context(_apart(model))
+        for index, layer in enumerate(layers):
+            for _, linear in _bit_linears(layer):
+                handle = linear.register_forward_pre_hook(partial(_note, noted[index]))
+                stack.callback(handle.remove)
+        model.model(ids, position_ids=positions, document_ids=documents)
+    rows = [torch.stack(layer) for layer in noted]
+    return [torch.cat((row[:, :2].sum(dim=0), row[:, 2].amax(dim=0, keepdim=True))) for row in rows]
+
+
+@contextmanager
+def _apart(model: BitNetForCausalLM) -> Iterator[None]:
+    """Evaluation mode, with every BitLinear called by itself, so that its hooks run."""
+    was_training, linears = model.training, [linear for _, linear in _bit_linears(model)]
+    model.eval()
+    for linear in linears:
+        linear.fuses = False
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for linear in linears:
+            linear.fuses = True
 
 
 def _figures(table: Tensor) -> Tensor:
-    """Rows of `_weight_sums` and `_activation_sums` to rows of `NAMES`."""
+    """Rows of `_weight_sums` and `activation_sums` to rows of `NAMES`."""
     weights, scale, matrices, saturated, values, absmax = table[:, 5:].t()
     return torch.cat((table[:, :5].t() / weights, torch.stack((scale / matrices, absmax, saturated / values)))).t()
 
 
-def _note(noted: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
-    """A forward hook: saturated codes, codes, and the largest absmax of a sample of the tokens."""
-    rows = output.detach().reshape(-1, output.shape[-1])
-    rows = rows[:: max(1, len(rows) // _TOKENS)][:_TOKENS].float()
-    codes = quantize_activation(rows).codes
+def _note(noted: list[Tensor], module: nn.Module, inputs: tuple[Tensor]) -> None:
+    """A hook before a forward pass."""
+    codes = quantize_activation(inputs[0]).codes
     saturated = (codes.abs() == INT8_MAX).sum()
-    sums = (saturated, torch.full_like(saturated, codes.numel()), rows.abs().max())
+    sums = (saturated, torch.full_like(saturated, codes.numel()), inputs[0].abs().max())
     noted.append(torch.stack([value.double() for value in sums]))
 
 

@@ -158,9 +158,7 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> Tensor:
         """The sum of one micro-batch, multiplied by what Lightning and DDP are going to divide it by."""
-        measured = self.at_step_boundary and self.health.is_due(self.step + 1)
-        with self.health.watching(self.model, measured):
-            output = self.stage.step(self.model, batch)
+        output = self.stage.step(self.model, batch)
         means = means_of(output, batch)
         self._this_step.add(loss=means["loss"], tokens=means["tokens"])
         self.since_log.add(**means)
@@ -197,20 +195,27 @@ class TrainingModule(L.LightningModule):
         if self._micro_batches == self.trainer.accumulate_grad_batches:
             self._micro_batches = 0
             self.step += 1
-            self._log_training()
+            self._log_training(tokens_of(batch))
         self._throughput.batch_asked_for()
 
-    def _log_training(self) -> None:
-        """What is due after this step, as one event."""
+    def _log_training(self, batch: TokenBatch) -> None:
+        """What is due after this step, as one event; `batch` is its last micro-batch."""
         metrics: Metrics = {}
         if self.step % self.log_every == 0 or self.step == self.steps:
             sums = self.since_log.reduce(self._over_ranks)
             rates = self._throughput.read(sums.pop("tokens")[0], self.model, self.trainer.world_size)
-            self.latest = metrics = {**_averages(sums, "train"), **self._update, **_named("train", rates)}
+            metrics = {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
+            self.latest = metrics
         if self.health.is_due(self.step):
-            metrics = {**metrics, **self.health.measure(self.model)}
+            with self._precision():
+                metrics = {**metrics, **self.health.measure(self.model, batch)}
         if metrics:
             self.log_event(metrics)
+
+    def _shares(self) -> Metrics:
+        """What the sources of a mixture contributed to the steps since the last log event, in tokens."""
+        first = (self.step - 1) // self.log_every * self.log_every
+        return {f"train/{name}": share for name, share in self._data().token_shares(first, self.step).items()}
 
     def on_validation_start(self) -> None:
         """The time of validation is not that of training."""
@@ -218,12 +223,11 @@ class TrainingModule(L.LightningModule):
 
     def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds one batch to the sums of its validation set."""
-        names = [name for name in self._data().row_sets if name != "train"]
         output = self.stage.step(self.model, batch)
         means = means_of(output, batch)
         if isinstance(batch, TokenBatch):
             means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch.labels))
-        self._validation[names[dataloader_idx]].add(**means)
+        self._validation[self._data().validation_names[dataloader_idx]].add(**means)
 
     def _bytes(self, labels: Tensor) -> Tensor:
         """Bytes of text that the labels of a batch stand for, shape ()."""

@@ -43,7 +43,7 @@ def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int =
     device, was_training = model.head_weight.device, model.training
     model.eval()
     logps = torch.empty(2, len(pairs))
-    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids))
+    by_length = pairs.lengths.argsort(kind="stable").tolist()
     for start in range(0, len(pairs), batch_size):
         numbers = by_length[start : start + batch_size]
         batch: PairBatch = pairs.collate([pairs[i] for i in numbers])

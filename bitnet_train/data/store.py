@@ -175,14 +175,15 @@ class StoreWriter:
         _write_json(self.partial / _PROGRESS, {"key": self.key, "bytes": sizes, **asdict(self.counts)})
 
     def close(self) -> None:
-        """Closes the files; what was committed stays for the next writer."""
+        """Closes the files; what was committed stays for the next writer, and nothing else does."""
         for file in self._files.values():
             file.close()
+        if not (self.partial / _PROGRESS).exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def seal(self) -> None:
         """Makes the store whole and visible: manifest, then the name."""
         self.commit()
-        self.close()
         digests = {name: sha256_of(self.partial / name) for name in _FILES}
         manifest = {"key": self.key, **asdict(self.counts), "sha256": digests}
         _write_json(self.partial / _MANIFEST, manifest)

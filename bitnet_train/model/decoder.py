@@ -64,7 +64,8 @@ class BitNetModel(nn.Module):
         if position_ids is None:
             start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + h.shape[1], device=h.device)[None]
-        by = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        by = rotation(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
         mask = document_mask(document_ids) if document_ids is not None else None
         for index, layer in enumerate(self.layers):
             h = layer(h, by, mask, cache.layer(index) if cache is not None else None)

@@ -14,7 +14,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from bitnet_train.errors import UserError
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
+from bitnet_train.model.pretrained import SpecialIds, save_pretrained, source_folder
+from bitnet_train.model.start import start_from, starting_config
 from bitnet_train.optim import ByTarget, OptimizerConfig
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
@@ -139,7 +140,7 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
-    model, tokenizer = _start(settings.init_from, config.data.tokenizer, config)
+    model, tokenizer = _start(settings.init_from, config.data.tokenizer, config, run_dir)
     if config.data.sequence_length is None:
         config.data.sequence_length = model.config.max_position_embeddings
     data_config = configuration.build(config.data, "data")
@@ -157,15 +158,22 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     return Parts(settings, run_dir, tokenizer, data, module)
 
 
-def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> tuple[BitNetForCausalLM, Tokenizer]:
+def _start(
+    init_from: str | None, tokenizer: str | None, config: DictConfig, run_dir: Path
+) -> tuple[BitNetForCausalLM, Tokenizer]:
     """Weights and tokenizer: those of init_from, or fresh weights and the tokenizer of data.tokenizer."""
     if init_from is not None:
         folder = source_folder(init_from, "init_from")
-        return load_for_training(folder), Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
+        model, report = start_from(folder, _varied(starting_config(folder), config.model))
+        log.info("%s", report)
+        (run_dir / "init_from.txt").write_text(f"{report}\n", encoding="utf-8")
+        return model, Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
     if tokenizer is None:
         raise UserError(
             "data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR"
         )
+    if "_target_" not in config.model:
+        raise UserError("model=inherit takes the model of init_from, which is not set; choose another model=")
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
 
 
@@ -181,6 +189,17 @@ def _optimizer(node: DictConfig) -> OptimizerConfig:
     own = {field.name: values.pop(field.name) for field in fields(OptimizerConfig) if field.name in values}
     options = {str(key): value for key, value in values.items() if key != "_target_"}
     return ByTarget(target=target, options=options, **own)
+
+
+def _varied(config: BitNetConfig, node: DictConfig) -> BitNetConfig:
+    """The configuration that comes with init_from, with the fields set under model=inherit in place of its own."""
+    if "_target_" in node:
+        return config
+    values: dict[Any, Any] = {"_target_": f"{BitNetConfig.__module__}.{BitNetConfig.__name__}", **asdict(config)}
+    values |= {name: value for name, value in node.items() if value is not None}
+    varied = configuration.build(OmegaConf.create(values), "model")
+    assert isinstance(varied, BitNetConfig)
+    return varied
 
 
 def _check_stage(stage: Stage, data_config: Any) -> None:

@@ -22,6 +22,9 @@ from bitnet_train.stages.sft import SupervisedFineTuning, add_neftune_noise
 from tests.support import TINY, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
+cpo = pytest.importorskip("trl.experimental.cpo")
+orpo = pytest.importorskip("trl.experimental.orpo")
+neftune = pytest.importorskip("transformers.integrations.neftune")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
@@ -48,10 +51,9 @@ def logps_of_tokens() -> tuple[Tensor, Tensor, Tensor]:
 def trl_dpo(loss_type: str, policy: Tensor, reference: Tensor, mask: Tensor) -> tuple[float, dict[str, float]]:
     """Loss and metrics of TRL's own `_compute_loss`, with a model that knows the answers."""
     from accelerate import Accelerator
-    from trl import DPOTrainer
 
     stage = stage_of(loss_type)
-    trainer = DPOTrainer.__new__(DPOTrainer)
+    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
     trainer.__dict__ |= {
         "model": SimpleNamespace(training=True),
         "accelerator": Accelerator(cpu=True),
@@ -97,11 +99,9 @@ def test_losses_and_metrics_of_given_logps(loss_type: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_simpo_and_smoothed_sigmoid(smoothing: float) -> None:
     """TRL's CPO trainer has both; the sigmoid of its `cpo_loss` is DPO's with the reference subtracted before."""
-    from trl.experimental.cpo import CPOTrainer
-
     policy, _, mask = logps_of_tokens()
     scores = PairScores(*policy.sum(dim=-1).view(2, -1), *mask.sum(dim=-1).view(2, -1))
-    trainer = CPOTrainer.__new__(CPOTrainer)
+    trainer = cpo.CPOTrainer.__new__(cpo.CPOTrainer)
     trainer.__dict__ |= {"alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": smoothing}
     trainer.accelerator = SimpleNamespace(device="cpu")
     for loss_type, given in (("simpo", scores.per_token()), ("sigmoid", scores)):
@@ -123,12 +123,10 @@ def test_simpo_and_smoothed_sigmoid(smoothing: float) -> None:
 
 def test_odds_ratio_of_orpo() -> None:
     """TRL returns beta log sigmoid(log odds ratio), which its loss subtracts from the likelihood of the chosen."""
-    from trl.experimental.orpo import ORPOTrainer
-
     policy, _, mask = logps_of_tokens()
     scores = PairScores(*policy.sum(dim=-1).view(2, -1), *mask.sum(dim=-1).view(2, -1))
     mean = scores.per_token()
-    trainer = ORPOTrainer.__new__(ORPOTrainer)
+    trainer = orpo.ORPOTrainer.__new__(orpo.ORPOTrainer)
     trainer.beta, trainer.accelerator = 0.3, SimpleNamespace(device="cpu")
     ratios, chosen, *_ = trainer.odds_ratio_loss(mean.chosen, mean.rejected)
     stage = DirectPreference(loss_type="orpo", reference="none", beta=0.3)
@@ -175,9 +173,10 @@ def compare(ours: BitNetForCausalLM, hf: nn.Module) -> None:
     """1e-4 relative to the norm of each gradient, float32."""
     expected = {name: p.grad for name, p in hf.named_parameters()}
     for name, parameter in ours.named_parameters():
+        want = expected[name]
         assert parameter.grad is not None
-        assert expected[name] is not None
-        difference = (parameter.grad - expected[name]).norm() / expected[name].norm()
+        assert want is not None
+        difference = (parameter.grad - want).norm() / want.norm()
         assert difference < 1e-4, (name, difference)
 
 
@@ -209,15 +208,13 @@ def ours_step(stage: Stage, model: BitNetForCausalLM, batch: TokenBatch | PairBa
 
 
 def test_one_step_of_sft(decoder: BitNetForCausalLM, tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer
-
     pairs = rows(PAIRS, seed=1)
     batch = collate([completion_row(prompt, chosen) for prompt, chosen, _ in pairs], pad_id=0)
     examples = [{"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen} for prompt, chosen, _ in pairs]
     hf = theirs(decoder)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=hf,
-        args=SFTConfig(**trainer_arguments(tmp_path), max_length=None),
+        args=trl.SFTConfig(**trainer_arguments(tmp_path), max_length=None),
         train_dataset=datasets.Dataset.from_list(examples),
         processing_class=hf_tokenizer(tmp_path),
     )
@@ -246,8 +243,6 @@ class DPOProblem(NamedTuple):
 @pytest.fixture(scope="module")
 def problem(decoder: BitNetForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> DPOProblem:
     """The trainer is given a pair of words to be made; its collator then takes our ids."""
-    from trl import DPOConfig, DPOTrainer
-
     folder, pairs = tmp_path_factory.mktemp("trl"), rows(PAIRS, seed=2)
     policy = copy.deepcopy(decoder)
     with torch.no_grad():  # moved away from its reference
@@ -259,10 +254,10 @@ def problem(decoder: BitNetForCausalLM, tmp_path_factory: pytest.TempPathFactory
     with torch.no_grad():
         batch = PairBatch(tokens, completion_logps(decoder, tokens))
     hf = theirs(policy)
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model=hf,
         ref_model=theirs(decoder),
-        args=DPOConfig(**trainer_arguments(folder), max_length=None),
+        args=trl.DPOConfig(**trainer_arguments(folder), max_length=None),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
         processing_class=hf_tokenizer(folder),
     )
@@ -301,12 +296,10 @@ def test_an_sft_term_is_theirs_where_every_pair_stands_alone(problem: DPOProblem
 
 def test_neftune_is_as_strong_as_theirs() -> None:
     """The same draws give the same noise for a row that is one document."""
-    from transformers.integrations.neftune import neftune_post_forward_hook
-
     embeds = torch.randn(2, 7, 16)
     module = nn.Embedding(1, 1).train()
-    module.neftune_noise_alpha = torch.tensor(5.0)
+    module.register_buffer("neftune_noise_alpha", torch.tensor(5.0))
     torch.manual_seed(3)
-    expected = neftune_post_forward_hook(module, None, embeds)
+    expected = neftune.neftune_post_forward_hook(module, None, embeds)
     torch.manual_seed(3)
     torch.testing.assert_close(add_neftune_noise(embeds, torch.zeros(2, 7, dtype=torch.int64), 5.0), expected)

@@ -29,11 +29,16 @@ def data_of(overrides: list[str]) -> tuple[DataModule, Tokenizer]:
         settings, data = configuration.run_config(config), configuration.build(config.data, "data")
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error)) from None
-    if data.tokenizer is None and settings.init_from is None:
-        raise UserError("data.tokenizer is not set; give a folder with tokenizer.json, or init_from=DIR")
-    folder = Path(data.tokenizer) if data.tokenizer else source_folder(settings.init_from, "init_from")
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(_tokenizer_folder(data.tokenizer, settings.init_from))
     return DataModule(data, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size), tokenizer
+
+
+def _tokenizer_folder(tokenizer: str | None, init_from: str | None) -> Path:
+    if tokenizer is not None:
+        return Path(tokenizer)
+    if init_from is None:
+        raise UserError("data.tokenizer is not set; give a folder with tokenizer.json, or init_from=DIR")
+    return source_folder(init_from, "init_from")
 
 
 def main() -> None:

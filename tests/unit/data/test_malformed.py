@@ -23,7 +23,7 @@ def said(content: object) -> Fields:
 
 
 # Each shape: the configuration that reads it, and a row whose answer is given.
-SHAPES: dict[str, tuple[type[DataConfig], Callable[[Any], Fields]]] = {
+SHAPES: dict[str, tuple[Callable[..., DataConfig], Callable[[Any], Fields]]] = {
     "text": (TextData, lambda text: {"text": text}),
     "messages": (ChatData, lambda text: {"messages": [USER, said(text)]}),
     "sharegpt": (
@@ -54,7 +54,10 @@ VARIANTS: dict[str, tuple[Callable[[Row], str], str]] = {
     "bad JSON": (lambda row: json.dumps(row("A"))[:-1], "the line is no JSON"),
     "no object": (lambda row: json.dumps([row("A")]), "the line is a list; write one object per line"),
     "wrong type": (lambda row: json.dumps(row(3)), "must be a string, got int"),
-    "parts instead of text": (lambda row: json.dumps(row({"text": "A"})), r"must be .*got an object|must be one of .*got None"),
+    "parts instead of text": (
+        lambda row: json.dumps(row({"text": "A"})),
+        r"must be .*got an object|must be one of .*got None",
+    ),
     "missing field": (lambda row: json.dumps(without_the_answer(row)), "no field|no conversation|must be a list"),
     "null content": (lambda row: json.dumps(row(None)), "got null|no conversation|no field"),
     "blank": (lambda row: json.dumps(row(" \n")), "is empty; drop the row"),
@@ -98,7 +101,12 @@ def _as_pair(messages: list[Fields]) -> Fields:
 
 @pytest.mark.parametrize(("config", "row", "line", "message"), list(cases()))
 def test_a_bad_row_is_named_or_skipped(
-    config: type[DataConfig], row: Row, line: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Callable[..., DataConfig],
+    row: Row,
+    line: bytes,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "rows.jsonl"
     good = [json.dumps(row(sentence(i))).encode() for i in range(3)]

@@ -130,7 +130,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def _encode_plain(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

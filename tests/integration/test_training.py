@@ -52,6 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer").mkdir()
     tiny_tokenizer().save(folder / "tokenizer")
     write_jsonl(folder / "text.jsonl", text_rows(60))
+    write_jsonl(folder / "other.jsonl", [*text_rows(100)[60:], {"text": None}])
     write_jsonl(folder / "chat.jsonl", chat_rows(24))
     write_jsonl(folder / "pairs.jsonl", preference_rows(24))
     return folder
@@ -242,6 +243,24 @@ def test_quantisation_sets_in_over_the_warm_up(data: Path, pretrained: Path) -> 
     again = [*PRETRAIN, *options, "execution.activation_checkpointing=full", "run_dir=warm-again"]
     assert train(*again, cwd=data).returncode == 0
     assert same_model(data / "warm-again", data / "warm")
+
+
+def test_a_mixture_and_named_validation_sets_have_figures_of_their_own(data: Path) -> None:
+    result = train(
+        *PRETRAIN, "run_dir=named", "max_steps=4", "log_every=2", "val_every=4", "data.bad_rows=skip",
+        "data.train=[{path:text.jsonl,weight:1},{path:other.jsonl,weight:1}]",
+        "data.val={seen:text.jsonl,other:[other.jsonl]}", cwd=data,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "data: other.jsonl: 1 of 41 rows are bad and were skipped: other.jsonl:41: " in result.stderr
+    events = metrics(data / "named")
+    figures = [event for event in events if "val/seen/loss" in event]
+    assert [event["step"] for event in figures] == [0, 4]
+    assert all(event["val/other/loss"] != event["val/seen/loss"] for event in figures)
+    assert not any("val/loss" in event for event in events)
+    shares = [(e["train/share/text.jsonl"], e["train/share/other.jsonl"]) for e in events if "train/loss" in e]
+    assert len(shares) == 2
+    assert all(sum(pair) == pytest.approx(1.0) and 0.0 < pair[0] < 1.0 for pair in shares)
 
 
 def test_a_dry_run_trains_nothing(data: Path) -> None:

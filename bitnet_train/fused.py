@@ -107,7 +107,7 @@ def norm_backward(
         return grad.to(x.dtype), None
     if native.available(grad, x, norm.weight):
         return native.norm_backward(grad, x, norm.weight, rms, activation)
-    normal, grad = source(x, activation).mul_(rms), grad.float()
+    normal, grad = source(x, activation) * rms, grad.float()
     product = grad * normal
     grad_weight = product.sum(dim=0)
     mean = product.mul_(norm.weight).mean(dim=-1, keepdim=True)

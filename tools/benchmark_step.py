@@ -130,8 +130,8 @@ CONTESTANTS = {
     "transformers AutoBitLinear": Contestant(
         lambda config: replace_linears(dense(config), auto_bit_linear), "transformers"
     ),
-    "torchao": Contestant(lambda config: torchao_bitnet(dense(config)), "torchao"),
-    "onebitllms": Contestant(lambda config: onebit_linears(dense(config)), "onebitllms", cuda_only=True),
+    "torchao": Contestant(lambda config: torchao_bitnet(dense(config)), needs="torchao"),
+    "onebitllms": Contestant(lambda config: onebit_linears(dense(config)), needs="onebitllms", cuda_only=True),
 }
 
 

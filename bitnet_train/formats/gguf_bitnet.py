@@ -8,19 +8,13 @@ The graph behind the name is fixed: relu^2 gated feed-forward with its sub-norm,
 permuted), no biases. bitnet.cpp multiplies with token_embd for the logits even where output.weight exists; ik_llama.cpp
 reads output.weight.
 
-Positions may be scaled: `rope.scaling.*` of types linear and yarn are read by the loader that all architectures share,
-in bitnet.cpp and in ik_llama.cpp. llama3 would need a tensor, rope_freqs.weight, that neither loads here.
-
 Source: `build_bitnet_158` in Eddie-Wang1120/llama.cpp at 1f86f058 (the submodule of microsoft/BitNet at 01eb4157),
 src/llama.cpp, and in ikawrakow/ik_llama.cpp, src/graphs/build_bitnet.cpp; PR ik_llama.cpp#338 on the head.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
-
-from bitnet_train.errors import UserError
 
 ARCHITECTURE = "bitnet-b1.58"
 
@@ -64,11 +58,8 @@ def model_metadata(name: str, config: Mapping[str, Any], file_type: int) -> dict
 
     Args:
         name: the model's name, for people.
-        config: the fields of the model's configuration, named as in config.json; rope_scaling as its mapping or None.
+        config: the fields of the model's configuration, named as in config.json.
         file_type: general.file_type: llama.cpp's number for "most matrices have this type".
-
-    Raises:
-        UserError: the runtimes cannot scale positions as this model does.
     """
     head_size = config["hidden_size"] // config["num_attention_heads"]
     return {
@@ -77,24 +68,4 @@ def model_metadata(name: str, config: Mapping[str, Any], file_type: int) -> dict
         "general.quantization_version": 2,
         f"{ARCHITECTURE}.rope.dimension_count": head_size,
         **{f"{ARCHITECTURE}.{key}": config[field] for key, field in _KEYS.items()},
-        **{f"{ARCHITECTURE}.rope.scaling.{key}": value for key, value in _rope_scaling(config["rope_scaling"]).items()},
     }
-
-
-def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, object]:
-    """The rope.scaling.* keys; attn_factor is what the attention factor has beyond 0.1 ln(factor) + 1."""
-    if scaling is None:
-        return {}
-    known = ("rope_type", "factor", "original_max_position_embeddings", "attention_factor")
-    beyond = [f"{name} {value}" for name, value in scaling.items() if value is not None and name not in known]
-    if scaling["rope_type"] not in ("linear", "yarn") or beyond:
-        raise UserError(
-            f"rope_scaling of GGUF must be linear or yarn with the default betas, which is what the runtimes of "
-            f"{ARCHITECTURE} compute, got {', '.join([scaling['rope_type'], *beyond])}; use --format safetensors"
-        )
-    keys = {"type": scaling["rope_type"], "factor": float(scaling["factor"])}
-    if scaling["rope_type"] == "yarn":
-        keys["original_context_length"] = scaling["original_max_position_embeddings"]
-    if scaling["attention_factor"] is not None:
-        keys["attn_factor"] = scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1.0)
-    return keys

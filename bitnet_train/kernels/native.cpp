@@ -4,8 +4,10 @@
 // the number of threads: a thread owns whole rows, and sums over rows go through a fixed number of partial sums.
 // Compiled without fast-math and without contraction, so that rounding is that of the formulas in quant.py.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -119,7 +121,8 @@ void quantize(const X *x, const float *weight, int64_t rows, int64_t size, float
                 largest = largest > bits ? largest : bits;
             }
             float absmax = __builtin_bit_cast(float, largest);
-            float s = scale[t] = 127.0f / (absmax < 1e-5f ? 1e-5f : absmax);
+            // As torch divides a number by a tensor: 127 times the reciprocal, both rounded.
+            float s = scale[t] = 127.0f * (1.0f / (absmax < 1e-5f ? 1e-5f : absmax));
             bool finite = largest < 0x7f800000;
             int8_t *to = codes + t * size;
 #pragma omp simd
@@ -151,29 +154,67 @@ void dequantize(const int32_t *products, const float *column, const float *scale
     }
 }
 
+// Transposes 8 x 8 elements: three rounds that interleave the upper with the lower half of the rows.
+template <class T> inline void transpose8(const T *from, int64_t from_stride, T *to, int64_t to_stride) {
+    typedef T vector __attribute__((vector_size(8 * sizeof(T))));
+    vector a[8], b[8];
+    for (int i = 0; i < 8; ++i) std::memcpy(&a[i], from + i * from_stride, sizeof(vector));
+    for (int round = 0; round < 3; ++round) {
+        for (int i = 0; i < 4; ++i) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        for (int i = 0; i < 8; ++i) a[i] = b[i];
+    }
+    for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &a[i], sizeof(vector));
+}
+
+inline void transpose8(const bf16 *from, int64_t from_stride, bf16 *to, int64_t to_stride) {
+    transpose8(&from->bits, from_stride, &to->bits, to_stride);
+}
+
+constexpr int64_t TILE_ROWS = 64, TILE_COLUMNS = 128;  // of bf16: 16 KB
+
+// `tile`, rows of TILE_COLUMNS, to columns of `to`.
+template <class Y>
+void transpose_tile(const Y *tile, int64_t height, int64_t width, Y *to, int64_t stride) {
+    if (height == TILE_ROWS && width == TILE_COLUMNS) {
+        for (int64_t i = 0; i < TILE_COLUMNS; i += 8)
+            for (int64_t t = 0; t < TILE_ROWS; t += 8)
+                transpose8(tile + t * TILE_COLUMNS + i, TILE_COLUMNS, to + i * stride + t, stride);
+    } else {
+        for (int64_t i = 0; i < width; ++i)
+            for (int64_t t = 0; t < height; ++t) to[i * stride + t] = tile[t * TILE_COLUMNS + i];
+    }
+}
+
+template <class G, class Y>
+void scale_row(const G *__restrict from, const float *__restrict column, float step, int64_t width,
+               Y *__restrict by_column, Y *__restrict scaled) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+        float value = load(from[i]);
+        store(value * column[i], by_column[i]);
+        store(value * step, scaled[i]);
+    }
+}
+
 // The two factors of a BitLinear's backward products: by_column = grad * column, and the transpose of grad / scale.
 template <class G, class Y>
 void scale_gradient(const G *grad, const float *column, const float *scale, int64_t rows, int64_t size, Y *by_column,
                     Y *transposed) {
-    constexpr int64_t TILE = 32;
 #pragma omp parallel for schedule(static)
-    for (int64_t t0 = 0; t0 < rows; t0 += TILE) {
-        int64_t height = rows - t0 < TILE ? rows - t0 : TILE;
-        Y tile[TILE][TILE];  // [column][row]
-        for (int64_t i0 = 0; i0 < size; i0 += TILE) {
-            int64_t width = size - i0 < TILE ? size - i0 : TILE;
+    for (int64_t t0 = 0; t0 < rows; t0 += TILE_ROWS) {
+        int64_t height = std::min(rows - t0, TILE_ROWS);
+        Y tile[TILE_ROWS * TILE_COLUMNS];
+        for (int64_t i0 = 0; i0 < size; i0 += TILE_COLUMNS) {
+            int64_t width = std::min(size - i0, TILE_COLUMNS);
             for (int64_t t = 0; t < height; ++t) {
                 const G *from = grad + (t0 + t) * size + i0;
-                Y *to = by_column + (t0 + t) * size + i0;
-                float step = 1.0f / scale[t0 + t];
-                for (int64_t i = 0; i < width; ++i) {
-                    float value = load(from[i]);
-                    store(value * column[i0 + i], to[i]);
-                    store(value * step, tile[i][t]);
-                }
+                Y *to = by_column + (t0 + t) * size + i0, *scaled = tile + t * TILE_COLUMNS;
+                scale_row(from, column + i0, 1.0f / scale[t0 + t], width, to, scaled);
             }
-            for (int64_t i = 0; i < width; ++i)
-                for (int64_t t = 0; t < height; ++t) transposed[(i0 + i) * rows + t0 + t] = tile[i][t];
+            transpose_tile(tile, height, width, transposed + i0 * rows + t0, rows);
         }
     }
 }
@@ -209,6 +250,103 @@ void norm_backward(const G *grad, const X *x, const float *weight, const float *
                 source_backward(x + t * width, row, size, activation, grad_x + t * width);
             }
         }
+    }
+}
+
+// Where a query of a block looks. The rows of a score matrix are (head, group, query); query i of the block stands at
+// position `position + i` of its row of tokens and sees the keys from starts[i] (its document's first) to itself. The
+// columns are the keys from position `first` on.
+struct Window {
+    const int64_t *starts;
+    int64_t queries, position, first;
+    int64_t begin(int64_t row) const { return starts[row % queries] - first; }
+    int64_t end(int64_t row) const { return position + row % queries + 1 - first; }
+};
+
+// scores <- softmax(scores * factor) over the keys that a query sees, 0 elsewhere; its log-sum-exp to lse.
+template <class Y> void softmax_rows(Y *scores, int64_t rows, int64_t keys, float factor, Window window, float *lse) {
+#pragma omp parallel
+    {
+        std::vector<float> buffer(keys);
+        float *row = buffer.data();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            Y *s = scores + r * keys;
+            int64_t begin = window.begin(r), end = window.end(r);
+            float largest = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : largest)
+            for (int64_t j = begin; j < end; ++j) {
+                row[j] = load(s[j]) * factor;
+                largest = largest > row[j] ? largest : row[j];
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = begin; j < end; ++j) sum += row[j] = exp_approx(row[j] - largest);
+            float inverse = 1.0f / sum;
+            lse[r] = largest + std::log(sum);
+            for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]);
+#pragma omp simd
+            for (int64_t j = begin; j < end; ++j) store(row[j] * inverse, s[j]);
+            for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]);
+        }
+    }
+}
+
+// scores <- p = exp(scores * factor - lse), grad <- p (grad - sum of p grad) * factor; 0 where a query does not see.
+template <class Y>
+void softmax_backward(Y *scores, Y *grad, int64_t rows, int64_t keys, float factor, Window window, const float *lse) {
+#pragma omp parallel
+    {
+        std::vector<float> buffer(keys);
+        float *p = buffer.data();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            Y *s = scores + r * keys, *g = grad + r * keys;
+            int64_t begin = window.begin(r), end = window.end(r);
+            float delta = 0.0f;
+#pragma omp simd reduction(+ : delta)
+            for (int64_t j = begin; j < end; ++j) {
+                p[j] = exp_approx(load(s[j]) * factor - lse[r]);
+                delta += p[j] * load(g[j]);
+            }
+            for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
+#pragma omp simd
+            for (int64_t j = begin; j < end; ++j) {
+                store(p[j], s[j]);
+                store(p[j] * (load(g[j]) - delta) * factor, g[j]);
+            }
+            for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
+        }
+    }
+}
+
+// Log-probability of each row's label under softmax(logits), and the row's log-sum-exp.
+template <class Y>
+void log_likelihood(const Y *logits, const int64_t *labels, int64_t rows, int64_t vocab, float *logps, float *lse) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const Y *row = logits + t * vocab;
+        float largest = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < vocab; ++i) largest = largest > load(row[i]) ? largest : load(row[i]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < vocab; ++i) sum += exp_approx(load(row[i]) - largest);
+        lse[t] = largest + std::log(sum);
+        logps[t] = load(row[labels[t]]) - lse[t];
+    }
+}
+
+// logits <- softmax(logits) * p_factor - onehot(label) * label_factor, with one factor of each kind per row.
+template <class Y>
+void likelihood_gradient(Y *logits, const int64_t *labels, const float *lse, const float *p_factor,
+                         const float *label_factor, int64_t rows, int64_t vocab) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        Y *row = logits + t * vocab;
+        float shift = lse[t], factor = p_factor[t];
+        float label = exp_approx(load(row[labels[t]]) - shift) * factor - label_factor[t];
+#pragma omp simd
+        for (int64_t i = 0; i < vocab; ++i) store(exp_approx(load(row[i]) - shift) * factor, row[i]);
+        store(label, row[labels[t]]);
     }
 }
 
@@ -249,6 +387,29 @@ SCALE_GRADIENT(bf16, bf16, scale_gradient_bf16_bf16)
 NORM_BACKWARD(float, float, norm_backward_f32_f32)
 NORM_BACKWARD(bf16, float, norm_backward_bf16_f32)
 NORM_BACKWARD(bf16, bf16, norm_backward_bf16_bf16)
+
+#define ATTENTION(Y, SOFTMAX, BACKWARD)                                                                                \
+    void SOFTMAX(Y *scores, int64_t rows, int64_t keys, float factor, const int64_t *starts, int64_t queries,          \
+                 int64_t position, int64_t first, float *lse) {                                                        \
+        softmax_rows(scores, rows, keys, factor, {starts, queries, position, first}, lse);                             \
+    }                                                                                                                  \
+    void BACKWARD(Y *scores, Y *grad, int64_t rows, int64_t keys, float factor, const int64_t *starts,                 \
+                  int64_t queries, int64_t position, int64_t first, const float *lse) {                                \
+        softmax_backward(scores, grad, rows, keys, factor, {starts, queries, position, first}, lse);                   \
+    }
+ATTENTION(float, softmax_f32, softmax_backward_f32)
+ATTENTION(bf16, softmax_bf16, softmax_backward_bf16)
+
+#define LIKELIHOOD(Y, LIKELIHOOD, GRADIENT)                                                                            \
+    void LIKELIHOOD(const Y *logits, const int64_t *labels, int64_t rows, int64_t vocab, float *logps, float *lse) {   \
+        log_likelihood(logits, labels, rows, vocab, logps, lse);                                                       \
+    }                                                                                                                  \
+    void GRADIENT(Y *logits, const int64_t *labels, const float *lse, const float *p_factor,                           \
+                  const float *label_factor, int64_t rows, int64_t vocab) {                                            \
+        likelihood_gradient(logits, labels, lse, p_factor, label_factor, rows, vocab);                                 \
+    }
+LIKELIHOOD(float, log_likelihood_f32, likelihood_gradient_f32)
+LIKELIHOOD(bf16, log_likelihood_bf16, likelihood_gradient_bf16)
 
 // sum |w| of every block of `block` weights, in float64.
 void absolute_sums(const float *w, int64_t count, int64_t block, double *sums) {

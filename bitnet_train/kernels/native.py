@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +140,61 @@ def norm_backward(
     name = f"norm_backward_{_SUFFIX[grad.dtype]}_{_SUFFIX[x.dtype]}"
     _call(name, grad, x, weight, rms, tokens, size, ACTIVATIONS[activation], ROW_BLOCKS, grad_x, partial)
     return grad_x, partial.sum(dim=0)
+
+
+class Window(NamedTuple):
+    """Where the queries of a block look.
+
+    starts: int64 `(queries,)`, the first position that each query sees; the last is its own.
+    position: of the first query in its row of tokens.
+    first: position of the first key.
+    """
+
+    starts: Tensor
+    position: int
+    first: int
+
+
+def softmax_(scores: Tensor, factor: float, window: Window) -> Tensor:
+    """Puts softmax(scores * factor) over what each query sees in the place of `(heads, groups * queries, keys)`.
+
+    Returns:
+        Its log-sum-exp, float32 `(heads, groups * queries)`.
+    """
+    heads, rows, keys = scores.shape
+    lse = torch.empty(heads, rows)
+    starts, position, first = window
+    name = f"softmax_{_SUFFIX[scores.dtype]}"
+    _call(name, scores, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
+    return lse
+
+
+def softmax_backward_(scores: Tensor, grad: Tensor, factor: float, window: Window, lse: Tensor) -> None:
+    """Puts the probabilities in the place of the scores, and the gradient of the unscaled scores in that of `grad`."""
+    heads, rows, keys = scores.shape
+    starts, position, first = window
+    name = f"softmax_backward_{_SUFFIX[scores.dtype]}"
+    _call(name, scores, grad, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of labels under logits `(rows, vocab)`, and the log-sum-exp, float32 `(rows,)` each.
+
+    Raises:
+        IndexError: a label is not in [0, vocab).
+    """
+    rows, vocab = logits.shape
+    if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
+        raise IndexError(f"labels are in [{labels.min()}, {labels.max()}], the head has {vocab} rows")
+    logps, lse = torch.empty(rows), torch.empty(rows)
+    _call(f"log_likelihood_{_SUFFIX[logits.dtype]}", logits, labels, rows, vocab, logps, lse)
+    return logps, lse
+
+
+def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> None:
+    """Puts softmax * p_factor - onehot * label_factor in the place of the logits; factors float32 `(rows,)`."""
+    rows, vocab = logits.shape
+    _call(f"likelihood_gradient_{_SUFFIX[logits.dtype]}", logits, labels, lse, p_factor, label_factor, rows, vocab)
 
 
 def absolute_sums(weight: Tensor, block: int) -> Tensor:

@@ -30,6 +30,7 @@ from bitnet_train.config import RunConfig
 from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -168,7 +169,8 @@ def _start(
         folder = source_folder(init_from, "init_from")
         model, report = start_from(folder, _varied(starting_config(folder), config.model))
         log.info("%s", report)
-        (run_dir / "init_from.txt").write_text(f"{report}\n", encoding="utf-8")
+        with atomic_file(run_dir / "init_from.txt") as temporary:
+            temporary.write_text(f"{report}\n", encoding="utf-8")
         return model, Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
     if tokenizer is None:
         raise UserError(

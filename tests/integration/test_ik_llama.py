@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitnet_train.export import export
-from bitnet_train.model.pretrained import load_for_training
-from tests.folders import edit_config, write_master
+from tests.folders import write_master
 from tests.runtimes import ik_llama, ik_llama_quantize
 
 pytest.importorskip("ik_llama_cpp")
@@ -27,28 +26,6 @@ def mean_kl(reference: Tensor, other: Tensor) -> float:
     """The mean over positions of KL(reference, other), in nats."""
     log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 8.0},
-        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
-        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "attention_factor": 3.0},
-    ],
-    ids=["linear", "yarn", "attention-factor"],
-)
-def test_ik_llama_scales_positions_as_they_were_trained(tmp_path: Path, scaling: dict[str, object]) -> None:
-    model = write_master(tmp_path / "master", SHAPE)
-    edit_config(tmp_path / "master", rope_scaling=scaling)
-    scaled = load_for_training(tmp_path / "master")
-    ids = torch.randint(0, 290, (48,))
-    with torch.no_grad():
-        trained, unscaled = scaled(ids[None])[0], model(ids[None])[0]
-    export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", type="f32")
-    found = mean_kl(trained, ik_llama(tmp_path / "model.gguf", ids.tolist()).logits)
-    assert found < 0.002
-    assert mean_kl(trained, unscaled) > 5 * found
 
 
 @pytest.mark.parametrize(

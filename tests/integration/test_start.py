@@ -75,9 +75,9 @@ def test_a_llama_is_trained_as_a_bitnet(data: Path) -> None:
 
 
 def test_fields_of_the_model_can_be_changed(data: Path) -> None:
-    inherit = ["model=inherit", "model.hidden_act=relu2", "model.max_position_embeddings=512"]
-    changed = [*inherit, "model.rope_scaling={rope_type: linear, factor: 8.0}"]
-    result = train(*COMMAND, *changed, "run_dir=changed", "max_steps=1", cwd=data)
+    scaling = "model.rope_scaling={rope_type: linear, factor: 8.0}"
+    changes = ["model.hidden_act=relu2", "model.max_position_embeddings=512", scaling]
+    result = train(*COMMAND, *changes, "run_dir=changed", "max_steps=1", cwd=data)
     assert result.returncode == 0, result.stdout + result.stderr
     config = load_for_inference(data / "changed/model").config
     assert (config.hidden_act, config.max_position_embeddings, config.rope_theta) == ("relu2", 512, 5000.0)
@@ -87,11 +87,11 @@ def test_fields_of_the_model_can_be_changed(data: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=inherit", "model.hidden_act=gelu"], "model.hidden_act must be one of relu2, silu, got 'gelu'"),
-        (["model=inherit", "model.rope_theta=high"], "model.rope_theta: Value 'high'"),
-        (["model=inherit", "model.hidden_size=128"], "model.hidden_size must be 64, as in llama, got 128"),
-        (["model=inherit", "model.rope_scaling={rope_type: yarn}"], "rope_scaling.factor"),
-        (["model=inherit", "init_from=null", "data.tokenizer=llama"], "model=inherit takes the model of init_from"),
+        (["model.hidden_act=gelu"], "model.hidden_act must be one of relu2, silu, got 'gelu'"),
+        (["model.rope_theta=high"], "model.rope_theta: Value 'high'"),
+        (["model.hidden_size=128"], "model.hidden_size must be 64, as in llama, got 128"),
+        (["model.rope_scaling={rope_type: yarn}"], "rope_scaling.factor"),
+        (["init_from=null", "data.tokenizer=llama"], "model=inherit takes the model of init_from"),
     ],
 )
 def test_bad_changes_are_one_line_and_exit_2(

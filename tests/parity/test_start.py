@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import HFFolder
+from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.rope import RopeScaling
 from bitnet_train.model.start import start_from, starting_config
@@ -81,8 +82,9 @@ def test_every_tensor_is_copied(tmp_path: Path, name: str, dtype: torch.dtype) -
     assert report.left_out == []
 
 
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense twin", "warm-up at 0"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_dense_twin_is_the_dense_model_with_sub_norms(tmp_path: Path, name: str) -> None:
+def test_unquantised_it_is_the_dense_model_with_sub_norms(tmp_path: Path, name: str, quantize: bool) -> None:
     dense = write_dense(tmp_path, name).eval()
     config = starting_config(tmp_path)
     assert config.quantize
@@ -94,10 +96,16 @@ def test_the_dense_twin_is_the_dense_model_with_sub_norms(tmp_path: Path, name: 
     for key, module in dense.named_modules():
         if key.endswith(("o_proj", "down_proj")):
             module.register_forward_pre_hook(sub_norm)
-    twin, _ = start_from(tmp_path, BitNetConfig(**{**vars(config), "quantize": False}))
+    model, _ = start_from(tmp_path, BitNetConfig(**{**vars(config), "quantize": quantize}))
     ids = torch.randint(0, 301, (2, 200))
     with torch.no_grad():
-        assert relative(twin(ids), dense(ids).logits) < 1e-4
+        expected = dense(ids).logits
+        if quantize:
+            assert relative(model(ids), expected) > 0.1
+            for module in model.modules():
+                if isinstance(module, BitLinear):
+                    module.strength = 0.0
+        assert relative(model(ids), expected) < 1e-4
 
 
 def test_the_configuration_comes_along(tmp_path: Path) -> None:
@@ -154,6 +162,15 @@ def test_the_report_can_be_read(tmp_path: Path) -> None:
     assert "hidden_act silu" in lines[4]
     assert "'rope_type': 'llama3'" in lines[4]
     assert lines[5] == "linear layers: ternary"
+
+
+def test_a_dense_twin_becomes_ternary(tmp_path: Path) -> None:
+    write_master(tmp_path)
+    edit_config(tmp_path, quantization_config=None)
+    config = starting_config(tmp_path)
+    assert not config.quantize
+    model, _ = start_from(tmp_path, BitNetConfig(**{**vars(config), "quantize": True}))
+    assert any(isinstance(module, BitLinear) for module in model.modules())
 
 
 def test_masters_of_a_bitnet_start_as_they_are(tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from collections import Counter
 from dataclasses import asdict
 
-import pytest
 import torch
 
-from bitnet_train.errors import UserError
 from bitnet_train.formats.gguf_bitnet import gguf_name, model_metadata
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.rope import RopeScaling
 
 
 def test_the_2b_model_has_the_332_tensors_of_the_released_file() -> None:
@@ -50,29 +47,3 @@ def test_keys_of_the_2b_model() -> None:
         "bitnet-b1.58.attention.head_count_kv": 5,
         "bitnet-b1.58.attention.layer_norm_rms_epsilon": 1e-5,
     }
-
-
-def rope_keys(scaling: RopeScaling) -> dict[str, object]:
-    metadata = model_metadata("x", asdict(BitNetConfig(rope_scaling=scaling)), 0)
-    prefix = "bitnet-b1.58.rope.scaling."
-    return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-
-
-def test_keys_of_scaled_positions() -> None:
-    assert rope_keys(RopeScaling("linear", 4)) == {"type": "linear", "factor": 4.0}
-    yarn = {"type": "yarn", "factor": 8.0, "original_context_length": 4096}
-    assert rope_keys(RopeScaling("yarn", 8.0, 4096)) == yarn
-    attention = rope_keys(RopeScaling("yarn", 8.0, 4096, attention_factor=1.5))
-    assert attention == {**yarn, "attn_factor": pytest.approx(1.5 / 1.2079441541679836)}
-
-
-@pytest.mark.parametrize(
-    ("scaling", "got"),
-    [
-        (RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0), "got llama3, "),
-        (RopeScaling("yarn", 8.0, 4096, beta_fast=16.0), "got yarn, beta_fast 16.0; "),
-    ],
-)
-def test_scaled_positions_that_no_runtime_computes_are_refused(scaling: RopeScaling, got: str) -> None:
-    with pytest.raises(UserError, match=got):
-        rope_keys(scaling)

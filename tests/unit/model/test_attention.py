@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet_train.model.attention import BitNetAttention
 from bitnet_train.model.config import BitNetConfig
-from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.decoder import BitNetDecoderLayer, BitNetForCausalLM
 from bitnet_train.model.rope import rotation
 
 EPS, SEQ, DROPOUT = 1e8, 16, 0.25
@@ -33,15 +32,17 @@ CONFIG = BitNetConfig(
 
 def sums_of_weights(training: bool) -> Tensor:
     """The sum of the attention weights of each head, `(batch, seq, heads)`."""
-    attention = BitNetAttention(CONFIG).train(training)
+    layer = BitNetDecoderLayer(CONFIG).train(training)
+    attention = layer.self_attn
     with torch.no_grad():
+        layer.mlp.down_proj.weight.zero_()
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
             projection.weight.zero_()
             projection.bias.zero_()
         attention.v_proj.bias.fill_(1.0)
         nn.init.eye_(attention.o_proj.weight)
         by = rotation(torch.arange(SEQ)[None], CONFIG.head_dim, CONFIG.rope_theta)
-        output: Tensor = attention(torch.randn(256, SEQ, CONFIG.hidden_size), by, None)
+        output: Tensor = layer(torch.zeros(256, SEQ, CONFIG.hidden_size), by, None)
     heads: Tensor = output.unflatten(-1, (CONFIG.num_attention_heads, -1))
     return heads[..., 0] * math.sqrt(EPS)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,13 @@ class JsonlLogger(Logger):
         """Appends one line and hands it to the operating system at once."""
         with self.file.open("a") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def finish_wandb() -> None:
+    """Ends a run of Weights & Biases: the next job of a sweep would go on writing to it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def forget_after(file: Path, step: int) -> None:

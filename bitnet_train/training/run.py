@@ -42,7 +42,7 @@ from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import checkpoint
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport, StopRequested, stop_on_signals
 from bitnet_train.training.card import model_card
-from bitnet_train.training.loggers import JsonlLogger, forget_after
+from bitnet_train.training.loggers import JsonlLogger, finish_wandb, forget_after
 from bitnet_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,8 @@ def _train(parts: Parts, trainer: L.Trainer, state: dict[str, Any] | None) -> No
     except BaseException as error:
         write_status(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        finish_wandb()
     write_status(run_dir, "done", parts.module.step)
 
 

@@ -47,10 +47,9 @@ def test_shares_scale_and_distance_are_those_of_the_codes(model: BitNetForCausal
         assert figures[f"health/layers.1/{name}"] == pytest.approx(float((codes == code).double().mean()))
     scales = torch.stack([weight.scale for weight in ternary])
     assert figures["health/layers.1/scale"] == pytest.approx(float(scales.mean()), rel=1e-5)
-    distances = [(m.abs() / t.scale - 0.5).abs().flatten() for m, t in zip(matrices(model, 1), ternary, strict=True)]
-    assert figures["health/layers.1/threshold_distance"] == pytest.approx(
-        float(torch.cat(distances).detach().mean()), rel=1e-5
-    )
+    pairs = zip(matrices(model, 1), ternary, strict=True)
+    distances = torch.cat([(matrix.detach().abs() / t.scale - 0.5).abs().flatten() for matrix, t in pairs])
+    assert figures["health/layers.1/threshold_distance"] == pytest.approx(float(distances.mean()), rel=1e-5)
     both = [figures[f"{prefix}zero"] for prefix in LAYERS]
     assert both[2] == pytest.approx((both[0] + both[1]) / 2)  # layers of one size
 

@@ -1,0 +1,104 @@
+"""TensorBoard and W&B hold what metrics.jsonl holds; samples are written at validation; reports and curves are drawn."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from tests.runs import Train, metrics, trainer_in
+from tests.support import ROOT, TINY_OVERRIDES, python, text_rows, tiny_tokenizer, write_jsonl
+
+RUN = [
+    "+recipe=quickstart-pretrain",
+    *TINY_OVERRIDES,
+    "model.hidden_size=128",
+    "data.train=text.jsonl",
+    "data.val=text.jsonl",
+    "data.tokenizer=tokenizer",
+    "data.cache_dir=cache",
+    "max_steps=4",
+    "val_every=2",
+    "log_every=1",
+    "health_every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("logging")
+    (folder / "tokenizer").mkdir()
+    tiny_tokenizer().save(folder / "tokenizer")
+    write_jsonl(folder / "text.jsonl", text_rows(30))
+    return folder
+
+
+@pytest.fixture
+def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    return trainer_in(folder, monkeypatch)
+
+
+def logged(run_dir: Path) -> dict[tuple[str, int], float]:
+    """Every value of metrics.jsonl by name and step; the clock of a step is not part of its name."""
+    return {(name, int(event["step"])): v for event in metrics(run_dir) for name, v in event.items() if name != "step"}
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(train: Train) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_dir = train("tensorboard", *RUN, "logger=tensorboard")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    seen = {(name, e.step): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
+    assert {"val/bits_per_byte", "val/perplexity", "health/zero", "health/layers.0/flip_rate"} <= {n for n, _ in seen}
+    assert seen == pytest.approx(logged(run_dir), rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_wandb_holds_what_metrics_jsonl_holds(train: Train) -> None:
+    run_dir = train("wandb", *RUN, "logger=wandb")
+    (file,) = run_dir.rglob("*.wandb")
+    assert wandb_values(file) == pytest.approx(logged(run_dir))
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """The records of a .wandb file: a header of 7 bytes, then blocks of 32 KB in the format of LevelDB's log."""
+    content, position, record = file.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        room = -position % 32768
+        if 0 < room < 7:  # the rest of a block that is too short for a header
+            position += room
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def wandb_values(file: Path) -> dict[tuple[str, int], float]:
+    """Every value of an offline run by name and step."""
+    values = {}
+    for data in wandb_records(file):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for name, value in items.items():
+            if not name.startswith(("_", "trainer/")):
+                values[name, int(items["trainer/global_step"])] = float(value)
+    return values
+
+
+def test_samples_are_written_at_every_validation(train: Train) -> None:
+    run_dir = train(
+        "samples",
+        *RUN,
+        "callbacks=samples",
+        "callbacks.samples.prompts=[fox,dog]",
+        "callbacks.samples.max_new_tokens=4",
+    )
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [
+        (s, p) for s in (0, 2, 4) for p in ("fox", "dog")
+    ]
+    assert all(sample["text"] for sample in samples)

@@ -69,6 +69,7 @@ class RunConfig:
     checkpoint_every: int
     keep_last: int
     log_every: int
+    health_every: int
     val_every: int
     dry_run: bool
 
@@ -82,6 +83,8 @@ class RunConfig:
             raise UserError("set max_steps, max_tokens or max_epochs: the run has no end")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+        if self.health_every < 0:
+            raise UserError(f"health_every must be at least 0 (0 measures nothing), got {self.health_every}")
 
 
 def _at_least_one(name: str, value: int) -> None:

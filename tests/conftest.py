@@ -17,6 +17,7 @@ import torch
 _HOME = tempfile.TemporaryDirectory(prefix="bitnet-train-tests-")
 os.environ |= {  # set before a test imports datasets, transformers or wandb, which read them once
     "HF_HOME": _HOME.name,
+    "XDG_CACHE_HOME": _HOME.name,
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_MODE": "offline",

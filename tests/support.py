@@ -5,9 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from bitnet_train.data.mixture import Items, Span, fit, mixed_items
+from bitnet_train.data.store import Counts, TokenStore, sequence
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.model.config import BitNetConfig
 
@@ -63,6 +67,33 @@ def chat_rows(count: int) -> list[dict[str, object]]:
 
 def preference_rows(count: int) -> list[dict[str, object]]:
     return [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 2)} for i in range(count)]
+
+
+def store_of(ids: Sequence[Sequence[int]], trained: Sequence[Sequence[bool]] | bool = True) -> TokenStore:
+    """A store in memory of sequences that come from a row each."""
+    flags = [trained] * len(ids) if isinstance(trained, bool) else trained
+    tokens = np.concatenate([sequence(i, t) for i, t in zip(ids, flags, strict=True)])
+    ends = np.cumsum([len(i) for i in ids])
+    return TokenStore(tokens, ends, np.arange(len(ids)), Counts(len(ids), len(tokens)))
+
+
+def span_of(ids: Sequence[Sequence[int]]) -> Span:
+    """All of a store of documents."""
+    store = store_of(ids)
+    return Span(store, 0, len(store.tokens))
+
+
+def items_of(store: TokenStore, width: int = 1, capacity: int = 1 << 20) -> Items:
+    """All of a store of conversations (width 1) or pairs (width 2)."""
+    return mixed_items([store], [fit(store, width, capacity, "drop")], [1.0], width, capacity)
+
+
+def pairs_of(*pairs: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> Items:
+    """Preference pairs of (prompt, chosen, rejected)."""
+    completed = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
+    ids = [[*prompt, *answer] for prompt, answer in completed]
+    trained = [[False] * len(prompt) + [True] * len(answer) for prompt, answer in completed]
+    return items_of(store_of(ids, trained), width=2)
 
 
 def environment() -> dict[str, str]:

@@ -10,6 +10,8 @@ function: splitmix64's finaliser.)
 
 from collections.abc import Iterator
 
+import numpy as np
+
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 4
 
@@ -51,6 +53,8 @@ class MicroBatches:
 
     Attributes:
         first_step: the optimizer step to start from; set before a resumed run iterates.
+        lengths: tokens of every sample; the samples of an optimizer step are then read longest first, so that those of
+            a micro-batch need little padding. The step's gradient is a sum over all of them and stays the same.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class MicroBatches:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.steps, self.rank, self.ranks = steps, rank, ranks
         self.first_step = 0
+        self.lengths: np.ndarray | None = None
 
     @property
     def per_step(self) -> int:
@@ -70,8 +75,16 @@ class MicroBatches:
         """Micro-batches from `first_step` to the end."""
         return (self.steps - self.first_step) * self.per_step
 
+    def samples(self, step: int) -> list[int]:
+        """The samples of an optimizer step over all ranks, in the order of their positions."""
+        start = step * self.global_batch_size
+        found = [sample_at(start + i, self.count, self.seed) for i in range(self.global_batch_size)]
+        lengths = self.lengths
+        return found if lengths is None else sorted(found, key=lambda sample: -int(lengths[sample]))
+
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.first_step * self.per_step, self.steps * self.per_step):
-            step, micro = divmod(number, self.per_step)
-            start = step * self.global_batch_size + (micro * self.ranks + self.rank) * self.micro_batch_size
-            yield [sample_at(start + i, self.count, self.seed) for i in range(self.micro_batch_size)]
+        size = self.micro_batch_size
+        for step in range(self.first_step, self.steps):
+            samples = self.samples(step)
+            for start in range(self.rank * size, self.global_batch_size, self.ranks * size):
+                yield samples[start : start + size]

@@ -3,12 +3,12 @@
     explicit    {"prompt", "chosen", "rejected"}      chosen and rejected may repeat the prompt
     implicit    {"chosen", "rejected"}                the prompt is what both begin with
 
-Each is a string or a message list. Strings in the form of Anthropic's transcripts,
+Each is a string, a message or a list of messages; the prompt may also be called "conversations" (ShareGPT). Strings in the form of Anthropic's transcripts,
 "\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitnet_train.data.readers import Fields
@@ -39,12 +39,13 @@ def pair_of(row: Row) -> Pair:
         for field in ("chosen", "rejected"):
             if row.fields.get(field) is None:
                 raise UserError(f"no field {field!r}; the row has {', '.join(row.fields) or 'no fields'}")
-        pair = _explicit(row.fields) if row.fields.get("prompt") is not None else _implicit(row.fields)
-        return _checked(pair)
+        given = (name for name in ("prompt", "conversations") if row.fields.get(name) is not None)
+        name = next(given, None)
+        return _checked(_implicit(row.fields) if name is None else _explicit(row.fields, name))
 
 
-def _explicit(fields: Fields) -> Pair:
-    prompt = with_system(fields, _messages("user", fields["prompt"], "prompt"))
+def _explicit(fields: Fields, name: str) -> Pair:
+    prompt = with_system(fields, _messages("user", fields[name], name))
     chosen, rejected = (_messages("assistant", fields[field], field) for field in ("chosen", "rejected"))
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return Pair(prompt, chosen, rejected)
@@ -70,7 +71,7 @@ def _messages(role: str, value: object, field: str) -> list[Message]:
         turns = _TRANSCRIPT_TURN.split(value)[1:]  # role, text, role, text, ...
         named = zip(turns[::2], turns[1::2], strict=True)
         return [as_message(_TRANSCRIPT_ROLES[name], text.strip(), field) for name, text in named]
-    return as_messages(role, value, field)
+    return as_messages(role, [value] if isinstance(value, Mapping) else value, field)
 
 
 def _split_messages(chosen: list[Message], rejected: list[Message]) -> Pair:

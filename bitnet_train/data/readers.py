@@ -18,28 +18,36 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bitnet_train.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
 Fields = dict[str, object]
-Numbered = Iterator[tuple[int, Fields]]
+Numbered = Iterator[tuple[int, Fields | UserError]]  # what is wrong with a row stands in its place
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
 _ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 
 
-def read_file(file: str) -> Numbered:
+def read_file(file: str, on_read: Callable[[int], object] = int) -> Numbered:
     """Streams (number, fields) of a file of a known format; numbers count lines or rows from 1.
 
+    A line that is no JSON object with each name once, or a row that is no UTF-8, gives its UserError instead of fields.
+
+    Args:
+        on_read: is told how many bytes of the file were read, each time.
+
     Raises:
-        UserError: an unknown format, a line that is no JSON object, bytes that are no UTF-8, a damaged file.
+        UserError: an unknown format, a damaged file.
     """
-    read, open_bytes = _READERS[format_of(file)], _OPENERS[_suffixes(file)[1]]
+    read, decompressed = _READERS[format_of(file)], _DECOMPRESSORS[_suffixes(file)[1]]
     try:
-        with open_bytes(file) as stream:
-            yield from read(stream, file)
+        with _open(file, on_read) as raw, decompressed(raw) as stream:
+            yield from read(stream)
     except UserError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # pyarrow's are OSError and ValueError
@@ -67,52 +75,74 @@ def type_name(value: object) -> str:
 def _suffixes(file: str) -> tuple[str, str]:
     """Format and compression: a/b.jsonl.gz -> (.jsonl, .gz); either may be empty."""
     path = Path(file)
-    compression = path.suffix.lower() if path.suffix.lower() in _OPENERS else ""
+    compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
     return Path(path.stem if compression else path.name).suffix.lower(), compression
 
 
-def _read_text(stream: io.BufferedIOBase, file: str) -> Numbered:
-    text = _decode(stream.read(), file)
-    if text.strip():
-        yield 1, {"text": text}
+def _read_text(stream: io.BufferedIOBase) -> Numbered:
+    data = stream.read()
+    if data.strip():
+        yield 1, _or_error(_text_document, data)
 
 
-def _read_json_lines(stream: io.BufferedIOBase, file: str) -> Numbered:
+def _text_document(data: bytes) -> Fields:
+    return {"text": _decode(data)}
+
+
+def _read_json_lines(stream: io.BufferedIOBase) -> Numbered:
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            yield number, _json_object(line, f"{file}:{number}")
+            yield number, _or_error(_json_object, line)
 
 
-def _json_object(line: bytes, where: str) -> Fields:
-    text = _decode(line, where)
+def _or_error(parse: Callable[[bytes], Fields], data: bytes) -> Fields | UserError:
+    try:
+        return parse(data)
+    except UserError as error:
+        return error
+
+
+def _json_object(line: bytes) -> Fields:
+    text = _decode(line)
     hint = "; a JSON array becomes lines with: jq -c '.[]'" if text.startswith("[") else ""
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, object_pairs_hook=_unique)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: the line is no JSON ({error}); write one object per line{hint}") from None
+        raise UserError(f"the line is no JSON ({error}); write one object per line{hint}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: the line is {type_name(value)}; write one object per line{hint}")
+        raise UserError(f"the line is {type_name(value)}; write one object per line{hint}")
     return value
 
 
-def _decode(data: bytes, where: str) -> str:
+def _unique(pairs: list[tuple[str, object]]) -> Fields:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the line has {twice!r} twice in one object; keep one of them")
+    return fields
+
+
+def _decode(data: bytes) -> str:
     if data.startswith(_UTF16):
-        raise UserError(f"{where}: the byte order mark says UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+        raise UserError("the byte order mark says UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte, position = data[error.start], error.start
-        raise UserError(f"{where}: byte 0x{byte:02x} at {position} is not UTF-8; convert the file with iconv") from None
+        raise UserError(f"byte 0x{byte:02x} at {position} is not UTF-8; convert the file with iconv") from None
 
 
-def _read_parquet(stream: io.BufferedIOBase, file: str) -> Numbered:
+def _read_parquet(stream: io.BufferedIOBase) -> Numbered:
     from pyarrow import parquet
 
     with _seekable(stream) as seekable:
         yield from _table_rows(parquet.ParquetFile(seekable).iter_batches(batch_size=_ROWS_AT_ONCE))
 
 
-def _read_arrow(stream: io.BufferedIOBase, file: str) -> Numbered:
+def _read_arrow(stream: io.BufferedIOBase) -> Numbered:
     """Both containers: the stream that `datasets` writes, and the file (Feather 2), which begins with ARROW1."""
     from pyarrow import ipc
 
@@ -143,31 +173,49 @@ def _seekable(stream: io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
         yield copy
 
 
-def _open_plain(file: str) -> io.BufferedIOBase:
-    return open(file, "rb")
+class _MeteredFile(io.FileIO):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, file: str, on_read: Callable[[int], object]) -> None:
+        super().__init__(file)
+        self._on_read = on_read
+
+    def readinto(self, buffer: "Buffer", /) -> int | None:
+        """Fills the buffer."""
+        count = super().readinto(buffer)
+        self._on_read(count or 0)
+        return count
 
 
-def _open_gzip(file: str) -> io.BufferedIOBase:
-    return gzip.open(file, "rb")
+def _open(file: str, on_read: Callable[[int], object]) -> io.BufferedReader:
+    return io.BufferedReader(_MeteredFile(file, on_read))
 
 
-def _open_xz(file: str) -> io.BufferedIOBase:
-    return lzma.open(file, "rb")
+def _plain(raw: io.BufferedReader) -> io.BufferedIOBase:
+    return raw
 
 
-def _open_zstd(file: str) -> io.BufferedIOBase:
+def _gzip(raw: io.BufferedReader) -> io.BufferedIOBase:
+    return gzip.GzipFile(fileobj=raw)
+
+
+def _xz(raw: io.BufferedReader) -> io.BufferedIOBase:
+    return lzma.LZMAFile(raw)
+
+
+def _zstd(raw: io.BufferedReader) -> io.BufferedIOBase:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
 
 
-_OPENERS: Mapping[str, Callable[[str], io.BufferedIOBase]] = {
-    "": _open_plain,
-    ".gz": _open_gzip,
-    ".xz": _open_xz,
-    ".zst": _open_zstd,
+_DECOMPRESSORS: Mapping[str, Callable[[io.BufferedReader], io.BufferedIOBase]] = {
+    "": _plain,
+    ".gz": _gzip,
+    ".xz": _xz,
+    ".zst": _zstd,
 }
-_READERS: Mapping[str, Callable[[io.BufferedIOBase, str], Numbered]] = {
+_READERS: Mapping[str, Callable[[io.BufferedIOBase], Numbered]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,

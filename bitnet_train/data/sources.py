@@ -7,7 +7,7 @@ What cannot be read, or is none of the known shapes, raises a UserError that nam
 
 import glob
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,13 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no row; `error` says why, the file and the number included."""
+
+    error: UserError
+
+
 @contextmanager
 def located(row: Row) -> Iterator[None]:
     """Puts the file and the number of the row in front of a UserError from the block."""
@@ -56,18 +63,38 @@ def read_rows(paths: str | Sequence[str]) -> Iterator[Row]:
     """Streams the rows of all files that the paths name, in the order of `expand`; `readers` lists the formats.
 
     Raises:
-        UserError: what `expand` raises, at once; while reading, what `read_file` raises and a file without rows.
+        UserError: what `expand` raises, at once; while reading, what `scan_rows` raises and the error of a bad row.
     """
-    files = expand(paths)
-    return (row for file in files for row in _rows_of(file))
+    return map(_good, scan_rows(expand(paths)))
 
 
-def _rows_of(file: str) -> Iterator[Row]:
-    row = None
-    for number, fields in _read_hub(file) if _is_hub_id(file) else read_file(file):
-        row = Row(file, number, fields)
-        yield row
-    if row is None:
+def _good(row: Row | BadRow) -> Row:
+    if isinstance(row, BadRow):
+        raise row.error
+    return row
+
+
+def scan_rows(files: Sequence[str], on_read: Callable[[int], object] = int) -> Iterator[Row | BadRow]:
+    """Streams the rows of files and hub ids, bad ones included.
+
+    Args:
+        on_read: is told how many bytes of a file were read, each time.
+
+    Raises:
+        UserError: a damaged file, a file without rows.
+    """
+    return (row for file in files for row in _rows_of(file, on_read))
+
+
+def _rows_of(file: str, on_read: Callable[[int], object]) -> Iterator[Row | BadRow]:
+    empty = True
+    for number, content in _read_hub(file) if is_hub_id(file) else read_file(file, on_read):
+        empty = False
+        if isinstance(content, UserError):
+            yield BadRow(UserError(f"{file}:{number}: {content}"))
+        else:
+            yield Row(file, number, content)
+    if empty:
         raise UserError(f"{file}: the file holds no rows; fill it or take it out of the data paths")
 
 
@@ -92,7 +119,7 @@ def _expand_one(name: str) -> list[str]:
     if path.is_file():
         format_of(name)
         return [name]
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return [name]
     if path.is_dir():
         files = [str(file) for file in path.rglob("*") if _is_data(file, path)]
@@ -110,19 +137,39 @@ def _is_data(file: Path, folder: Path) -> bool:
     return is_readable(file.name) and not hidden and file.name not in _METADATA and file.is_file()
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name is no local path but reads like owner/name[:config][@split]."""
     return bool(_HUB_ID.fullmatch(name)) and not is_readable(name) and not Path(name).exists()
+
+
+def hub_revision(name: str) -> str:
+    """The commit of a data set on the hub: with its id it names the rows.
+
+    Raises:
+        UserError: the hub does not answer or knows no such data set.
+    """
+    import datasets
+
+    with _hub(name) as id_:
+        return str(datasets.load_dataset_builder(id_["name"], id_["config"]).hash)
 
 
 def _read_hub(name: str) -> Numbered:
     """Streams a data set of the hub; none that brings code of its own (`datasets` >= 4 runs none)."""
     import datasets
 
+    with _hub(name) as id_:
+        rows = datasets.load_dataset(id_["name"], id_["config"], split=id_["split"] or "train", streaming=True)
+        yield from enumerate(map(dict, rows), start=1)
+
+
+@contextmanager
+def _hub(name: str) -> Iterator[re.Match[str]]:
+    """The parts of a hub id; what goes wrong with the hub becomes a UserError."""
     match = _HUB_ID.fullmatch(name)
     assert match is not None
     try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
-        yield from enumerate(map(dict, rows), start=1)
+        yield match
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{name}: no such local path, and the hub gave no data ({type(error).__name__}: {error}); "
@@ -217,9 +264,14 @@ def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Raises UserError unless a system message stands first or not at all."""
-    if any(message["role"] == "system" for message in messages[1:]):
+    """Raises UserError unless user and assistant take turns, user first, after at most one system message."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
         raise UserError("a system message must be the first and the only one; merge or drop the others")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    for number, role in enumerate(turns, start=1):
+        if role != ("user", "assistant")[(number - 1) % 2]:
+            raise UserError(f"user and assistant must take turns, user first; turn {number} is {role}; drop the row")
 
 
 def check_text(value: object, field: str) -> str:

@@ -144,10 +144,43 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
+    def byte_lengths(self) -> list[int]:
+        """Bytes of text that each id stands for; 0 for special tokens and for ids that are no token."""
+        lengths = [0] * self.vocab_size
+        for token, id in self._backend.get_vocab(with_added_tokens=False).items():
+            lengths[id] = len(token)  # byte-level: one character per byte
+        for id, added in self._backend.get_added_tokens_decoder().items():
+            lengths[id] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat template."""
         parts = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, self.chat_template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def byte_level(backend: tokenizers.Tokenizer, special: Sequence[str]) -> Tokenizer:
+    """Gives a BPE model of bytes LLaMA-3's split rule, special tokens after its own, and one BOS before a text.
+
+    Args:
+        backend: as `tokenizers.Tokenizer(models.BPE(...))` makes it, trained already.
+        special: names in id order; BOS and EOS among them.
+    """
+    _split_to_bytes(backend)
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    bos = (BOS, backend.token_to_id(BOS))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[bos]
+    )
+    return Tokenizer(backend)
+
+
+def _split_to_bytes(backend: tokenizers.Tokenizer) -> None:
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -167,20 +200,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < len(alphabet) + len(special):
         raise UserError(f"vocab_size must be at least {len(alphabet) + len(special)}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
+    _split_to_bytes(backend)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer=trainer)
     reserved = vocab_size - len(special) - backend.get_vocab_size()
     special += [f"<|reserved_special_token_{index}|>" for index in range(reserved)]
-    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    bos = (BOS, backend.token_to_id(BOS))
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[bos]
-    )
-    return Tokenizer(backend)
+    return byte_level(backend, special)
 
 
 def _read_config(folder: Path) -> dict[str, object]:

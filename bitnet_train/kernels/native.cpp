@@ -121,7 +121,8 @@ void quantize(const X *x, const float *weight, int64_t rows, int64_t size, float
                 largest = largest > bits ? largest : bits;
             }
             float absmax = __builtin_bit_cast(float, largest);
-            float s = scale[t] = 127.0f / (absmax < 1e-5f ? 1e-5f : absmax);
+            // As torch divides a number by a tensor: 127 times the reciprocal, both rounded.
+            float s = scale[t] = 127.0f * (1.0f / (absmax < 1e-5f ? 1e-5f : absmax));
             bool finite = largest < 0x7f800000;
             int8_t *to = codes + t * size;
 #pragma omp simd

@@ -16,10 +16,12 @@ class BitLinear(nn.Linear):
 
     Attributes:
         strength: lambda of the quantisation warm-up, from 0 (dense) to 1 (BitLinear), see `quant.bit_linear`.
+        fuses: whether norm and residual may be computed with it; where not, forward hooks see its input.
         keeps_codes: whether codes are kept from one forward pass to the next, until `forget_codes`.
     """
 
     strength = 1.0
+    fuses = True
     keeps_codes = False
     _kept: tuple[tuple[int, ...], Stacked] | None = None
 
@@ -70,8 +72,8 @@ def linear(config: BitNetConfig, in_features: int, out_features: int, bias: bool
 
 
 def fusible(*layers: nn.Module) -> bool:
-    """Whether `fused_linear` can compute these layers: BitLinears at full strength."""
-    return all(isinstance(layer, BitLinear) and layer.strength == 1.0 for layer in layers)
+    """Whether `fused_linear` can compute these layers: BitLinears at full strength that fuse."""
+    return all(isinstance(layer, BitLinear) and layer.strength == 1.0 and layer.fuses for layer in layers)
 
 
 def fused_linear(

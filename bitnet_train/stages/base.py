@@ -3,27 +3,36 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bitnet_train.errors import UserError
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 Reduction = str  # "mean" or "sum"
+REDUCTIONS = ("mean", "sum")
+
+
+class Mean(NamedTuple):
+    """A figure that is logged as total / weight, each summed over all micro-batches and ranks; both have shape ()."""
+
+    total: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class StageOutput:
     """Sums over one micro-batch. The module adds them up over micro-batches and ranks and divides by the whole count.
 
-    `loss_sum` and `count` have shape (); `metrics` holds sums of the same kind, logged as sum / count.
+    `loss_sum` carries the gradient; it and `count` (trained tokens, or pairs) have shape ().
     """
 
     loss_sum: Tensor
     count: Tensor
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Mean] = field(default_factory=dict)
 
 
 class Stage(ABC):
@@ -34,6 +43,10 @@ class Stage(ABC):
     """
 
     reduction: Reduction
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise UserError(f"stage.reduction must be {' or '.join(REDUCTIONS)}, got {self.reduction!r}")
 
     @abstractmethod
     def step(self, model: BitNetForCausalLM, batch: Any) -> StageOutput:

@@ -1,117 +1,113 @@
-"""Direct preference optimisation: chosen above rejected, relative to the model that training started from.
+"""Preference optimisation: chosen above rejected, relative to the model that training started from.
 
     loss = -log sigmoid(beta ((log pi_c - log ref_c) - (log pi_r - log ref_r)))
 
-with log pi the sum of the completion's token log-probabilities (Rafailov et al., arXiv 2305.18290, equation 7). The
-reference never sits in memory during training: its log-probabilities are computed once, before the first step, and
-travel with the pairs.
+with log pi the sum of the completion's token log-probabilities (Rafailov et al., arXiv 2305.18290, equation 7), or
+another loss of `losses.preference`. The reference never sits in memory during training: its log-probabilities are
+computed once, before the first step, and travel with the pairs.
 """
 
-import hashlib
-import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitnet_train.data.batches import PairBatch, TokenBatch
+from bitnet_train.data.batches import PairBatch
 from bitnet_train.data.packing import PairRows
 from bitnet_train.errors import UserError
-from bitnet_train.losses.preference import dpo_sigmoid_sum
-from bitnet_train.losses.tokens import token_logps
+from bitnet_train.losses.preference import WITH_REFERENCE, WITHOUT_REFERENCE, LossOptions, PairScores, sft_term
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.stages.base import Reduction, Stage, StageOutput
+from bitnet_train.stages.base import Mean, Reduction, Stage, StageOutput
+from bitnet_train.stages.reference import (
+    Precision,
+    cached_reference_logps,
+    completion_lengths,
+    completion_logps,
+    model_hash,
+)
 
-
-def completion_logps(model: BitNetForCausalLM, batch: PairBatch) -> Tensor:
-    """Log-probability of every completion, float32 `(2, pairs)`: the chosen ones, then the rejected ones."""
-    tokens = batch.tokens
-    hidden = model.model(tokens.input_ids, position_ids=tokens.position_ids, document_ids=tokens.document_ids)
-    return token_logps(hidden, model.head_weight, tokens.labels).sum(dim=-1).view(2, -1)
+REFERENCES = {"initial": WITH_REFERENCE, "none": WITHOUT_REFERENCE}
 
 
 @dataclass(frozen=True)
 class DirectPreference(Stage):
-    """The sigmoid loss of DPO, averaged over the pairs of the global batch; metric names are TRL's."""
+    """A loss over pairs, averaged over the pairs of the global batch; options and metrics have TRL's names.
 
+    Attributes:
+        loss_type: a loss of `losses.preference`.
+        reference: initial, the model that training starts from, or none, for simpo and orpo.
+        beta: strength of the pull towards the reference; of orpo, weight of the odds ratio.
+        label_smoothing: share of pairs assumed to be labelled the wrong way round.
+        simpo_gamma: the margin that simpo wants between the two scores.
+        rpo_alpha: weight of an SFT term, the chosen completion's negative log-likelihood per token; 0 adds none.
+    """
+
+    loss_type: str = "sigmoid"
+    reference: str = "initial"
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    rpo_alpha: float = 0.0
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.beta > 0.0:
             raise UserError(f"stage.beta must be above 0, got {self.beta}")
+        if self.reference not in REFERENCES:
+            raise UserError(f"stage.reference must be {' or '.join(REFERENCES)}, got {self.reference!r}")
+        if self.loss_type not in REFERENCES[self.reference]:
+            losses = ", ".join(REFERENCES[self.reference])
+            raise UserError(
+                f"stage.loss_type must be one of {losses} with stage.reference={self.reference}, got {self.loss_type!r}"
+            )
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise UserError(f"stage.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        if not (self.rpo_alpha >= 0.0 and self.simpo_gamma >= 0.0):
+            raise UserError(
+                f"stage.rpo_alpha and stage.simpo_gamma must be at least 0, got {self.rpo_alpha}, {self.simpo_gamma}"
+            )
 
     def prepare(
-        self,
-        model: BitNetForCausalLM,
-        rows: Mapping[str, PairRows],
-        cache_dir: Path,
-        precision: Callable[[], AbstractContextManager[None]],
+        self, model: BitNetForCausalLM, rows: Mapping[str, PairRows], cache_dir: Path, precision: Precision
     ) -> None:
-        """Gives every pair the initial model's log-probabilities; cached by weights and pairs."""
-        weights = _model_hash(model, precision)
-        for pairs in rows.values():
-            file = cache_dir / f"reference-{weights[:16]}-{pairs.fingerprint[:16]}.safetensors"
-            if not file.exists():
-                with precision():
-                    _write_atomically({"logps": reference_logps(model, pairs)}, file)
-            pairs.reference_logps = load_file(file)["logps"]
+        """Gives every pair the initial model's log-probabilities; see `stages.reference`."""
+        if self.reference == "initial":
+            weights = model_hash(model, precision)
+            for pairs in rows.values():
+                pairs.reference_logps = cached_reference_logps(model, weights, pairs, cache_dir, precision)
 
     def step(self, model: BitNetForCausalLM, batch: PairBatch) -> StageOutput:
         """Sums over the pairs of a batch that carries its reference log-probabilities."""
-        logps = completion_logps(model, batch)
-        chosen, rejected = logps - batch.reference_logps
-        loss_sum = dpo_sigmoid_sum(chosen, rejected, self.beta)
-        rewards = self.beta * (logps.detach() - batch.reference_logps)
-        return StageOutput(loss_sum, torch.tensor(logps.shape[1], device=logps.device), _metrics(rewards, logps))
+        logps, lengths = completion_logps(model, batch.tokens), completion_lengths(batch.tokens)
+        policy = PairScores(*logps, *lengths)
+        reference = batch.reference_logps if self.reference == "initial" else torch.zeros_like(logps)
+        losses = self.losses(policy, reference)
+        count = torch.tensor(len(losses), device=losses.device)
+        metrics = {name: Mean(value.sum(), count) for name, value in self.metrics(policy, reference).items()}
+        return StageOutput(losses.sum(), count, metrics)
 
+    def losses(self, policy: PairScores, reference: Tensor) -> Tensor:
+        """The loss of every pair, `(pairs,)`, of the policy's log-probabilities and the reference's `(2, pairs)`."""
+        loss = REFERENCES[self.reference][self.loss_type]
+        scores = policy.relative_to(reference)
+        losses = loss(scores, LossOptions(self.beta, self.label_smoothing, self.simpo_gamma))
+        return losses + self.rpo_alpha * sft_term(policy) if self.rpo_alpha else losses
 
-@torch.no_grad()
-def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int = 8) -> Tensor:
-    """Log-probabilities of all completions under the model, without dropout: float32 `(2, len(pairs))`, in nats."""
-    device, was_training = model.head_weight.device, model.training
-    model.eval()
-    logps = torch.empty(2, len(pairs))
-    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids))
-    for start in range(0, len(pairs), batch_size):
-        chosen_ones = by_length[start : start + batch_size]
-        batch = pairs.collate([pairs[i] for i in chosen_ones])
-        tokens = TokenBatch(*(field.to(device) for field in batch.tokens))
-        logps[:, chosen_ones] = completion_logps(model, PairBatch(tokens, batch.reference_logps)).cpu()
-    model.train(was_training)
-    return logps
-
-
-def _model_hash(model: BitNetForCausalLM, precision: Callable[[], AbstractContextManager[None]]) -> str:
-    """Of all that decides about a log-probability: shape, weights, and whether products run in bfloat16."""
-    with precision():
-        autocast = torch.is_autocast_enabled(model.head_weight.device.type)
-    digest = hashlib.sha256(f"{model.config} {autocast}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _write_atomically(tensors: dict[str, Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    save_file(tensors, temporary)
-    temporary.replace(file)
-
-
-def _metrics(rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
-    chosen, rejected = rewards
-    return {
-        "rewards/chosen": chosen.sum(),
-        "rewards/rejected": rejected.sum(),
-        "rewards/margins": (chosen - rejected).sum(),
-        "rewards/accuracies": (chosen > rejected).float().sum(),
-        "logps/accuracies": (logps[0] > logps[1]).float().sum(),
-        "logps/chosen": logps[0].detach().sum(),
-        "logps/rejected": logps[1].detach().sum(),
-    }
+    @torch.no_grad()
+    def metrics(self, policy: PairScores, reference: Tensor) -> dict[str, Tensor]:
+        """TRL's metrics of every pair; without a reference they are of means per token, as in its CPO and ORPO."""
+        policy = policy if self.reference == "initial" else policy.per_token()
+        scores = policy.relative_to(reference)
+        chosen, rejected = self.beta * scores.chosen, self.beta * scores.rejected
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "logps/accuracies": (policy.chosen > policy.rejected).float(),
+        }

@@ -10,7 +10,7 @@ means.
 """
 
 import math
-import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bitnet_train.data.batches import PairBatch, TokenBatch
+from bitnet_train.data.batches import IGNORE_INDEX, PairBatch, TokenBatch
 from bitnet_train.data.module import DataModule
+from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters
 from bitnet_train.schedule import Schedule
-from bitnet_train.stages.base import Stage, StageOutput
+from bitnet_train.stages.base import Mean, Stage, StageOutput
+from bitnet_train.training.health import TernaryHealth
+from bitnet_train.training.throughput import Throughput
 
 Metrics = dict[str, float]
 
@@ -35,29 +38,38 @@ class DivergedError(RuntimeError):
 
 
 class Sums:
-    """Running sums of stage outputs, kept on the device until somebody asks."""
+    """Running sums of stage outputs, kept on the device until somebody asks.
+
+    `values` holds float64 `(2,)` per name: the total and its weight.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
-    def add(self, output: StageOutput, tokens: Tensor) -> None:
-        """Adds one micro-batch; gradients are not kept."""
-        values = {"loss": output.loss_sum, "count": output.count, "tokens": tokens, **output.metrics}
-        for name, value in values.items():
-            self.values[name] = self.values.get(name, 0) + value.detach().double()
+    def add(self, **means: Mean) -> None:
+        """Adds the figures of one micro-batch; gradients are not kept."""
+        for name, (total, weight) in means.items():
+            value = torch.stack((total.detach().double(), weight.detach().double()))
+            self.values[name] = self.values.get(name, 0) + value
 
-    def reduce(self, over_ranks: Callable[[Tensor], Tensor]) -> Metrics:
-        """The sums over all ranks, as numbers; what was added is forgotten."""
+    def reduce(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
+        """Total and weight over all ranks, as numbers; what was added is forgotten."""
         names = sorted(self.values)
-        reduced = over_ranks(torch.stack([self.values[name] for name in names])) if names else torch.empty(0)
+        reduced = over_ranks(torch.stack([self.values[name] for name in names])).tolist() if names else []
         self.values = {}
-        return dict(zip(names, reduced.tolist(), strict=True))
+        return {name: (total, weight) for name, (total, weight) in zip(names, reduced, strict=True)}
 
 
-def tokens_of(batch: TokenBatch | PairBatch) -> Tensor:
-    """Positions of a batch that are not padding, shape ()."""
-    tokens = batch.tokens if isinstance(batch, PairBatch) else batch
-    return (tokens.document_ids >= 0).sum()
+def tokens_of(batch: TokenBatch | PairBatch) -> TokenBatch:
+    """The tokens of a batch of either kind."""
+    return batch.tokens if isinstance(batch, PairBatch) else batch
+
+
+def means_of(output: StageOutput, batch: TokenBatch | PairBatch) -> dict[str, Mean]:
+    """What is summed up of a micro-batch: loss, metrics, and `tokens`, the positions that are not padding."""
+    tokens = (tokens_of(batch).document_ids >= 0).sum()
+    means = {"loss": Mean(output.loss_sum, output.count), "tokens": Mean(tokens, torch.ones_like(tokens))}
+    return {**means, **output.metrics}
 
 
 class TrainingModule(L.LightningModule):
@@ -68,8 +80,10 @@ class TrainingModule(L.LightningModule):
         stage: gives the sums of a batch.
         optimizer: what builds the optimizer.
         schedule: learning rate and weight decay of every step.
+        tokenizer: says how many bytes a token stands for.
         steps: optimizer steps of the whole run.
         log_every: steps between log events.
+        health_every: steps between measurements of the ternary weights; 0 takes none.
 
     Attributes:
         step: optimizer steps done in the run, earlier starts included.
@@ -84,19 +98,25 @@ class TrainingModule(L.LightningModule):
         stage: Stage,
         optimizer: OptimizerConfig,
         schedule: Schedule,
+        tokenizer: Tokenizer,
         steps: int,
         log_every: int,
+        health_every: int,
     ) -> None:
         super().__init__()
         self.model, self.stage = model, stage
         self.optimizer_config, self.schedule = optimizer, schedule
+        self.tokenizer = tokenizer
         self.steps, self.log_every = steps, log_every
         self.step = self.tokens = 0
         self.latest: Metrics = {}
+        self.health, self._throughput = TernaryHealth(health_every), Throughput()
         self._micro_batches = 0
-        self._this_step, self.since_log, self._validation = Sums(), Sums(), Sums()
+        self._this_step, self.since_log = Sums(), Sums()
+        self._validation: dict[str, Sums] = defaultdict(Sums)
         self._update: Metrics = {}
-        self._clock = self._validation_started = time.perf_counter()
+        bytes_of = torch.tensor(tokenizer.byte_lengths, dtype=torch.int64)
+        self.register_buffer("_bytes_of", bytes_of, persistent=False)
 
     @property
     def at_step_boundary(self) -> bool:
@@ -126,22 +146,30 @@ class TrainingModule(L.LightningModule):
         return reduced
 
     def on_train_start(self) -> None:
-        """Starts the clock of the throughput."""
-        self._clock = time.perf_counter()
+        """Starts the clock, and takes the codes that flips are counted from."""
+        self.health.start(self.model)
+        self._throughput.restart()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch has just come from the loader."""
+        if self.trainer.training:
+            self._throughput.batch_arrived(tokens_of(batch).input_ids.shape[1])
+        return batch
 
     def training_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> Tensor:
         """The sum of one micro-batch, multiplied by what Lightning and DDP are going to divide it by."""
         output = self.stage.step(self.model, batch)
-        tokens = tokens_of(batch)
-        self._this_step.add(output, tokens)
-        self.since_log.add(output, tokens)
+        means = means_of(output, batch)
+        self._this_step.add(loss=means["loss"], tokens=means["tokens"])
+        self.since_log.add(**means)
         self._micro_batches += 1
         return output.loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides the gradient once, refuses what is not finite, clips, and sets the step's hyperparameters."""
         sums = self._this_step.reduce(self._over_ranks)
-        divisor = max(sums["count"], 1.0) if self.stage.reduction == "mean" else 1.0
+        count = max(sums["loss"][1], 1.0)
+        divisor = count if self.stage.reduction == "mean" else 1.0
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(grads)) / divisor
         if not math.isfinite(norm):
@@ -149,52 +177,87 @@ class TrainingModule(L.LightningModule):
                 f"step {self.step}: the gradient's norm is {norm}; the update was not made. "
                 "Lower schedule.peak_lr, lengthen schedule.warmup_steps, or look at the rows of this step"
             )
-        limit = self.optimizer_config.grad_clip
-        clip = min(1.0, limit / norm) if limit > 0 and norm > 0 else 1.0
-        torch._foreach_mul_(grads, clip / divisor)
+        torch._foreach_mul_(grads, self._clip(norm, count) / divisor)
         lr, decay = self.schedule.lr(self.step, self.steps), self.schedule.weight_decay(self.step, self.steps)
         set_hyperparameters(optimizer, lr, decay)
-        self.tokens += int(sums["tokens"])
+        self.tokens += int(sums["tokens"][0])
         self._update = {"train/lr": lr, "train/weight_decay": decay, "train/grad_norm": norm}
+
+    def _clip(self, norm: float, count: float) -> float:
+        """What the gradient is multiplied by so that its norm is at most the limit."""
+        limit = self.optimizer_config.grad_clip
+        if self.optimizer_config.grad_clip_per_token and self.stage.reduction == "sum":
+            limit *= count
+        return min(1.0, limit / norm) if limit > 0 and norm > 0 else 1.0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts optimizer steps and logs every `log_every` of them, and the last."""
-        if self._micro_batches < self.trainer.accumulate_grad_batches:
-            return
-        self._micro_batches = 0
-        self.step += 1
-        if self.step % self.log_every == 0 or self.step == self.steps:
-            self._log_training()
+        if self._micro_batches == self.trainer.accumulate_grad_batches:
+            self._micro_batches = 0
+            self.step += 1
+            self._log_training(tokens_of(batch))
+        self._throughput.batch_asked_for()
 
-    def _log_training(self) -> None:
-        sums = self.since_log.reduce(self._over_ranks)
-        now = time.perf_counter()
-        rate = sums["tokens"] / (now - self._clock)
-        self._clock = now
-        self.latest = {**_averages(sums, "train"), **self._update, "train/tokens_per_second": rate}
-        self._log(self.latest)
+    def _log_training(self, batch: TokenBatch) -> None:
+        """What is due after this step, as one event; `batch` is its last micro-batch."""
+        metrics: Metrics = {}
+        if self.step % self.log_every == 0 or self.step == self.steps:
+            sums = self.since_log.reduce(self._over_ranks)
+            rates = self._throughput.read(sums.pop("tokens")[0], self.model, self.trainer.world_size)
+            metrics = {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
+            self.latest = metrics
+        if self.health.is_due(self.step):
+            with self._precision():
+                metrics = {**metrics, **self.health.measure(self.model, batch)}
+        if metrics:
+            self.log_event(metrics)
+
+    def _shares(self) -> Metrics:
+        """What the sources of a mixture contributed to the steps since the last log event, in tokens."""
+        first = (self.step - 1) // self.log_every * self.log_every
+        return {f"train/{name}": share for name, share in self._data().token_shares(first, self.step).items()}
 
     def on_validation_start(self) -> None:
-        """Notes the time, which is not that of training."""
-        self._validation_started = time.perf_counter()
+        """The time of validation is not that of training."""
+        self._throughput.pause()
 
-    def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> None:
-        """Adds one batch to the validation sums."""
-        self._validation.add(self.stage.step(self.model, batch), tokens_of(batch))
+    def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds one batch to the sums of its validation set."""
+        output = self.stage.step(self.model, batch)
+        means = means_of(output, batch)
+        if isinstance(batch, TokenBatch):
+            means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch.labels))
+        self._validation[self._data().validation_names[dataloader_idx]].add(**means)
+
+    def _bytes(self, labels: Tensor) -> Tensor:
+        """Bytes of text that the labels of a batch stand for, shape ()."""
+        lengths: Tensor = self._bytes_of  # type: ignore[assignment]
+        return lengths[labels[labels != IGNORE_INDEX]].sum()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs validation as sums over the whole set, divided once."""
-        self._log(_averages(self._validation.reduce(self._over_ranks), "val"))
-        self._clock += time.perf_counter() - self._validation_started
+        """Logs validation as sums over each whole set, divided once."""
+        metrics: Metrics = {}
+        for name, sums in self._validation.items():
+            averages = _averages(sums.reduce(self._over_ranks), name)
+            if f"{name}/bits_per_byte" in averages:
+                averages[f"{name}/perplexity"] = math.exp(min(averages[f"{name}/loss"], 700.0))
+            metrics |= averages
+        self._validation.clear()
+        self.log_event(metrics)
+        self._throughput.go_on()
 
-    def _log(self, metrics: Metrics) -> None:
+    def log_event(self, metrics: Metrics) -> None:
+        """Writes metrics of this step to every logger."""
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics({"tokens": self.tokens, **metrics}, step=self.step)
 
 
-def _averages(sums: Metrics, prefix: str) -> Metrics:
-    """Every metric as its sum over the count."""
-    count = max(sums.pop("count"), 1.0)
-    sums.pop("tokens")
-    return {f"{prefix}/{name}": value / count for name, value in sums.items()}
+def _named(prefix: str, metrics: Metrics) -> Metrics:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _averages(sums: dict[str, tuple[float, float]], prefix: str) -> Metrics:
+    """Every metric as its total over its weight."""
+    sums.pop("tokens", None)
+    return _named(prefix, {name: total / max(weight, 1.0) for name, (total, weight) in sums.items()})

@@ -14,7 +14,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained, source_folder
 from bitnet_train.model.start import start_from, starting_config
+from bitnet_train.optim import ByTarget, OptimizerConfig
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import checkpoint
@@ -140,16 +141,21 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
+    model, tokenizer = _start(settings.init_from, config.data.tokenizer, config, run_dir)
+    if config.data.sequence_length is None:
+        config.data.sequence_length = model.config.max_position_embeddings
     data_config = configuration.build(config.data, "data")
-    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config, run_dir)
     _check_sizes(model.config, data_config.sequence_length, tokenizer)
     stage = configuration.build(config.stage, "stage")
     _check_stage(stage, data_config)
-    optimizer = configuration.build(config.optimizer, "optimizer")
+    optimizer = _optimizer(config.optimizer)
     schedule = configuration.build(config.schedule, "schedule")
+    schedule = schedule.in_steps(settings.global_batch_size * data_config.sequence_length)
     data = DataModule(data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size)
     data.steps = total_steps(settings, data)
-    module = TrainingModule(model, stage, optimizer, schedule, data.steps, settings.log_every)
+    module = TrainingModule(
+        model, stage, optimizer, schedule, tokenizer, data.steps, settings.log_every, settings.health_every
+    )
     return Parts(settings, run_dir, tokenizer, data, module)
 
 
@@ -173,6 +179,20 @@ def _start(
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
 
 
+def _optimizer(node: DictConfig) -> OptimizerConfig:
+    """A configuration of `bitnet_train.optim`, or any optimizer that `_target_` names, with the node's other keys."""
+    target = str(node.get("_target_"))
+    if target.startswith(OptimizerConfig.__module__):
+        optimizer = configuration.build(node, "optimizer")
+        assert isinstance(optimizer, OptimizerConfig)
+        return optimizer
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    own = {field.name: values.pop(field.name) for field in fields(OptimizerConfig) if field.name in values}
+    options = {str(key): value for key, value in values.items() if key != "_target_"}
+    return ByTarget(target=target, options=options, **own)
+
+
 def _varied(config: BitNetConfig, node: DictConfig) -> BitNetConfig:
     """The configuration that comes with init_from, with the fields set under model=inherit in place of its own."""
     if "_target_" in node:
@@ -185,8 +205,6 @@ def _varied(config: BitNetConfig, node: DictConfig) -> BitNetConfig:
 
 
 def _check_stage(stage: Stage, data_config: Any) -> None:
-    if stage.reduction not in ("mean", "sum"):
-        raise UserError(f"stage.reduction must be mean or sum, got {stage.reduction!r}")
     if isinstance(stage, DirectPreference) != isinstance(data_config, PreferenceData):
         raise UserError(
             f"stage {type(stage).__name__} does not read {type(data_config).__name__}; "
@@ -322,6 +340,7 @@ def _training_state(parts: Parts) -> dict[str, Any]:
         "optimizer": module.trainer.optimizers[0].state_dict(),
         "rng": checkpoint.rng_state(),
         "since_log": module.since_log.values,
+        "health": module.health.codes,
     }
 
 
@@ -337,9 +356,8 @@ class _Restore(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         pl_module.model.load_state_dict(self.state["model"])
         trainer.optimizers[0].load_state_dict(self.state["optimizer"])
-        pl_module.since_log.values = {
-            name: value.to(pl_module.device) for name, value in self.state["since_log"].items()
-        }
+        for values, saved in ((pl_module.since_log.values, "since_log"), (pl_module.health.codes, "health")):
+            values.update({name: value.to(pl_module.device) for name, value in self.state[saved].items()})
         checkpoint.set_rng_state(self.state["rng"])
         self.state = None
 

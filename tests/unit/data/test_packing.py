@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bitnet_train.data.batches import IGNORE_INDEX, TokenRow, collate, labels_of, positions_of
 from bitnet_train.data.packing import PackedRows, PairRows, StreamRows, best_fit
+from tests.support import items_of, pairs_of, span_of, store_of
 
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=40), min_size=1, max_size=12)
 
@@ -19,7 +20,7 @@ def predicted(row: TokenRow) -> list[int]:
 def test_a_stream_predicts_every_token_but_the_first_of_each_document_once(
     documents: list[list[int]], length: int
 ) -> None:
-    rows = StreamRows(documents, length, pad_id=0)
+    rows = StreamRows([span_of(documents)], length, pad_id=0)
     got = [token for i in range(len(rows)) for token in predicted(rows[i])]
     assert got == [token for document in documents for token in document[1:]]
 
@@ -27,7 +28,7 @@ def test_a_stream_predicts_every_token_but_the_first_of_each_document_once(
 @given(DOCUMENTS, st.integers(40, 60))
 def test_packed_conversations_are_whole_and_trained_once(conversations: list[list[int]], length: int) -> None:
     trained = [[i % 3 == 1 for i in range(len(c))] for c in conversations]
-    rows = PackedRows(conversations, trained, length, pad_id=0)
+    rows = PackedRows(items_of(store_of(conversations, trained)), length, pad_id=0)
     got = sorted(token for i in range(len(rows)) for token in predicted(rows[i]))
     assert got == sorted(
         t for c, mask in zip(conversations, trained, strict=True) for t, m in zip(c, mask, strict=True) if m
@@ -37,13 +38,13 @@ def test_packed_conversations_are_whole_and_trained_once(conversations: list[lis
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=200))
 def test_best_fit_places_every_item_once_and_fills_no_bin_too_full(lengths: list[int]) -> None:
-    bins = best_fit(lengths, 100)
-    assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
-    assert all(sum(lengths[item] for item in members) <= 100 for members in bins)
+    bins = best_fit(np.array(lengths), 100)
+    assert sorted(set(bins.tolist())) == list(range(bins.max() + 1))
+    assert np.bincount(bins, lengths).max() <= 100
 
 
 def test_best_fit_by_hand() -> None:
-    assert best_fit([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+    assert best_fit(np.array([6, 5, 4, 5]), 10).tolist() == [0, 1, 0, 1]
 
 
 def test_positions_restart_with_every_document() -> None:
@@ -61,7 +62,7 @@ def test_a_batch_by_hand() -> None:
 
 
 def test_pairs_train_their_completions_and_carry_their_reference() -> None:
-    rows = PairRows([[1, 2], [1]], [[3], [4, 5]], [[6, 7], [8]], pad_id=0)
+    rows = PairRows(pairs_of(([1, 2], [3], [6, 7]), ([1], [4, 5], [8])), pad_id=0)
     rows.reference_logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     batch = rows.collate([rows[1], rows[0]])
     assert batch.tokens.input_ids.tolist() == [[1, 4, 0], [1, 2, 0], [1, 0, 0], [1, 2, 6]]
@@ -71,11 +72,7 @@ def test_pairs_train_their_completions_and_carry_their_reference() -> None:
 
 
 def test_the_fingerprint_of_pairs_sees_prompts_completions_and_their_border() -> None:
-    base = PairRows([[1, 2]], [[3]], [[4]], 0).fingerprint
-    others = [
-        PairRows([[1]], [[2, 3]], [[4]], 0),
-        PairRows([[1, 2]], [[4]], [[3]], 0),
-        PairRows([[1, 2]], [[3]], [[5]], 0),
-    ]
-    assert len({base, *(other.fingerprint for other in others)}) == 4
-    assert PairRows([[1, 2]], [[3]], [[4]], 0).fingerprint == base
+    pairs = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1, 2], [4], [3]), ([1, 2], [3], [5])]
+    fingerprints = [PairRows(pairs_of(pair), 0).fingerprint for pair in pairs]
+    assert len(set(fingerprints)) == 4
+    assert PairRows(pairs_of(pairs[0]), 0).fingerprint == fingerprints[0]

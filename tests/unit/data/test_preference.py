@@ -32,6 +32,11 @@ def pair(**fields: object) -> Pair:
         {"prompt": "Q", "chosen": PAIR.prompt + PAIR.chosen, "rejected": PAIR.prompt + PAIR.rejected},
         {"prompt": PAIR.prompt, "chosen": PAIR.prompt + PAIR.chosen, "rejected": PAIR.prompt + PAIR.rejected},
         {"prompt": PAIR.prompt, "chosen": "good", "rejected": "bad"},
+        {
+            "conversations": [{"from": "human", "value": "Q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
         {"chosen": PAIR.prompt + PAIR.chosen, "rejected": PAIR.prompt + PAIR.rejected, "prompt": None},
         {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
     ],

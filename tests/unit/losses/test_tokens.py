@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitnet_train.losses import tokens
-from bitnet_train.losses.preference import dpo_sigmoid_sum
+from bitnet_train.losses import accuracy, tokens
+from bitnet_train.losses.accuracy import correct_tokens
 from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum, token_logps
 
 
@@ -45,8 +45,14 @@ def test_no_label_at_all_is_no_loss() -> None:
     assert loss == 0.0
 
 
-def test_dpo_by_hand() -> None:
-    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])
-    by_hand = -(torch.sigmoid(torch.tensor(0.1)).log() + torch.sigmoid(torch.tensor(-0.5)).log())
-    assert dpo_sigmoid_sum(chosen, rejected, beta=0.1) == pytest.approx(float(by_hand))
-    assert dpo_sigmoid_sum(rejected, chosen, beta=0.1) < by_hand  # swapped: the second pair now is the right way round
+@pytest.mark.parametrize("logits_per_chunk", [50, 200, 1 << 24])
+def test_correct_tokens_are_those_with_the_highest_logit(
+    monkeypatch: pytest.MonkeyPatch, logits_per_chunk: int
+) -> None:
+    monkeypatch.setattr(accuracy, "LOGITS_PER_CHUNK", logits_per_chunk)
+    hidden, weight, labels = problem()
+    best = (hidden @ weight.t()).argmax(dim=-1)
+    labels[1, :3] = best[1, :3]
+    expected = int((best == labels).sum())
+    assert correct_tokens(hidden, weight, labels) == expected >= 3
+    assert correct_tokens(hidden, weight, torch.full_like(labels, IGNORE_INDEX)) == 0

@@ -1,0 +1,150 @@
+"""The token cache: sources are tokenized once, in parallel, and read through memory maps ever after.
+
+    CACHE_DIR/tokens/KEY/      a sealed `store.TokenStore`
+    KEY                        SHA-256 of the files' contents, the tokenizer with its template, the encoder's settings,
+                               and the code that makes ids of rows
+
+Names of files are no part of the key: a moved corpus is found again, a changed one is not. One process builds a store
+while others that want it wait. One that is killed is gone on with, and ends with the same bytes.
+"""
+
+import fcntl
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+
+from bitnet_train.data import workers
+from bitnet_train.data.digests import file_digest, fingerprint_of
+from bitnet_train.data.encoding import Encoder
+from bitnet_train.data.progress import BuildProgress
+from bitnet_train.data.readers import format_of
+from bitnet_train.data.sources import Row, expand, hub_revision, is_hub_id, scan_rows
+from bitnet_train.data.store import Counts, StoreWriter, TokenStore, is_intact
+from bitnet_train.errors import UserError
+
+BAD_ROWS = ("error", "skip")
+_COMMIT_TOKENS = 1 << 24  # tokens between commits: what a kill can cost, some ten seconds of work
+_WORTH_WORKERS = 1 << 22  # bytes of sources from which processes of their own pay
+_CODE = ("readers", "sources", "preference", "chat", "tokenizer", "encoding", "store")  # modules that decide about ids
+
+
+def tokenized(
+    paths: Sequence[str], encoder: Encoder, cache_dir: Path, num_proc: int | None = None, bad_rows: str = "error"
+) -> TokenStore:
+    """The sequences of all rows of the paths, from the cache or built now.
+
+    Args:
+        num_proc: processes that encode; None: one per core where the sources are large enough.
+        bad_rows: "error", or "skip" to leave them out, count and report them.
+
+    Raises:
+        UserError: what `expand` and `scan_rows` raise, the error of the first bad row, or a cache that cannot be
+            written.
+    """
+    files = expand(paths)
+    memory = cache_dir / "digests"
+    key = _key(files, encoder, memory)
+    folder = cache_dir / "tokens" / key[:32]
+    if not is_intact(folder, key, memory):
+        with _locked(folder):
+            if not is_intact(folder, key, memory):
+                _build(files, encoder, StoreWriter(folder, key), num_proc or _processes(files), bad_rows)
+    store = TokenStore.open(folder)
+    _report(paths, store.counts, bad_rows)
+    return store
+
+
+def nth_row(paths: Sequence[str], number: int) -> str:
+    """Where the row is that `TokenStore.rows` counts as `number`: file and line, as messages name it."""
+    row = next(islice(scan_rows(expand(paths)), number, None))
+    return row.where if isinstance(row, Row) else str(row.error)
+
+
+def _key(files: Sequence[str], encoder: Encoder, memory: Path) -> str:
+    contents = [_content(file, memory) for file in files]
+    return fingerprint_of([contents, encoder.tokenizer.fingerprint, repr(encoder), _code_version()])
+
+
+def _content(file: str, memory: Path) -> str:
+    """What a source holds, in one string."""
+    if is_hub_id(file):
+        return f"{file} {hub_revision(file)}"
+    try:
+        return f"{format_of(file)} {file_digest(Path(file), memory)}"
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+@cache
+def _code_version() -> str:
+    """Hash of the modules that make ids of rows, and the version of the library that does."""
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for name in _CODE:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process builds a store; the operating system frees the lock of one that dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {folder.parent} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"waiting for another process that builds {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _processes(files: Sequence[str]) -> int:
+    return workers.available_cores() if _bytes(files) >= _WORTH_WORKERS else 1
+
+
+def _bytes(files: Sequence[str]) -> int:
+    """The size of the files; of the hub nothing is known, so much is expected."""
+    return sum(_WORTH_WORKERS if is_hub_id(file) else Path(file).stat().st_size for file in files)
+
+
+def _build(files: Sequence[str], encoder: Encoder, writer: StoreWriter, processes: int, bad_rows: str) -> None:
+    committed = writer.counts.tokens
+    with closing(writer), BuildProgress(files) as progress:
+        rows = islice(scan_rows(files, progress.read), writer.counts.rows, None)
+        with closing(workers.encoded(encoder, rows, processes)) as chunks:
+            for chunk in chunks:
+                writer.append(chunk.lengths, chunk.tokens, chunk.rows, chunk.counts)
+                _refuse(writer.counts, bad_rows)
+                progress.show(writer.counts.tokens)
+                if writer.counts.tokens - committed >= _COMMIT_TOKENS:
+                    writer.commit()
+                    committed = writer.counts.tokens
+        writer.seal()
+
+
+def _refuse(counts: Counts, rule: str) -> None:
+    if counts.bad and rule == "error":
+        raise UserError(f"{counts.bad_first[0]} (or leave such rows out: data.bad_rows=skip)")
+
+
+def _report(paths: Sequence[str], counts: Counts, bad_rows: str) -> None:
+    """One line if rows were left out; an error if they may not be. A store may have been built under the other rule."""
+    _refuse(counts, bad_rows)
+    if counts.bad:
+        first = "; ".join(counts.bad_first)
+        _say(f"{', '.join(paths)}: {counts.bad} of {counts.rows} rows are bad and were skipped: {first}")
+
+
+def _say(message: str) -> None:
+    print(f"data: {message}", file=sys.stderr, flush=True)

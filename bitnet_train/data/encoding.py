@@ -1,0 +1,105 @@
+"""Rows to sequences of tokens, one encoder per kind of data: what a token cache is built with.
+
+    text          BOS, document, EOS                       every token trained
+    chat          the conversation, rendered and encoded   what the assistant says is trained
+    preference    prompt + chosen, then prompt + rejected  the completions are trained
+
+A row that is wrong gives its error, in its place among the results.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from bitnet_train.data.chat import encode_chat, encode_pair
+from bitnet_train.data.preference import pair_of
+from bitnet_train.data.sources import Row, located, messages_of, text_of
+from bitnet_train.data.store import sequence
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+
+Encoded: TypeAlias = list[np.ndarray] | UserError  # the sequences of one row
+
+
+@dataclass(frozen=True)
+class Encoder(ABC):
+    """Encodes rows of one kind.
+
+    `repr` names, beside the tokenizer's fingerprint, everything that decides about the ids.
+    """
+
+    tokenizer: Tokenizer = field(repr=False)
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """The sequences of every row, uint32 as `store.sequence` makes them, or what is wrong with the row."""
+
+
+@dataclass(frozen=True)
+class TextEncoder(Encoder):
+    """Documents; one without text gives no sequence."""
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """See `Encoder.encode`."""
+        texts = [self._text(row) for row in rows]
+        ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+        return [self._document(next(ids)) if isinstance(text, str) else text for text in texts]
+
+    @staticmethod
+    def _text(row: Row) -> str | UserError:
+        try:
+            return text_of(row)
+        except UserError as error:
+            return error
+
+    def _document(self, ids: list[int]) -> list[np.ndarray]:
+        return [sequence([self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id], True)] if ids else []
+
+
+class _RowByRow(Encoder):
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """See `Encoder.encode`."""
+        return [self._encode(row) for row in rows]
+
+    def _encode(self, row: Row) -> Encoded:
+        try:
+            return self.sequences(row)
+        except UserError as error:
+            return error
+
+    @abstractmethod
+    def sequences(self, row: Row) -> list[np.ndarray]:
+        """The sequences of a row. Raises UserError that names it."""
+
+
+@dataclass(frozen=True)
+class ChatEncoder(_RowByRow):
+    """Conversations; `train_on` as in `encode_chat`."""
+
+    train_on: str = "assistant"
+
+    def sequences(self, row: Row) -> list[np.ndarray]:
+        """One sequence."""
+        messages = messages_of(row)
+        with located(row):
+            ids, trained = encode_chat(messages, self.tokenizer, self.train_on)
+        return [sequence(ids, trained)]
+
+
+@dataclass(frozen=True)
+class PairEncoder(_RowByRow):
+    """Preference pairs."""
+
+    def sequences(self, row: Row) -> list[np.ndarray]:
+        """Two sequences: prompt and chosen, prompt and rejected."""
+        pair = pair_of(row)
+        with located(row):
+            prompt, *completions = encode_pair(pair, self.tokenizer)
+        return [_completed(prompt, completion) for completion in completions]
+
+
+def _completed(prompt: list[int], completion: list[int]) -> np.ndarray:
+    return sequence(prompt + completion, [False] * len(prompt) + [True] * len(completion))

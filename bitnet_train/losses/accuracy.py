@@ -1,0 +1,22 @@
+"""How often a label is the model's first guess."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet_train.losses.tokens import IGNORE_INDEX, LOGITS_PER_CHUNK
+
+
+@torch.no_grad()
+def correct_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The number of labels with the highest logit, int64, shape (); never holds `(tokens, vocab)` logits.
+
+    Args:
+        hidden: `(..., hidden)`, the decoder's output.
+        weight: `(vocab, hidden)`, the head.
+        labels: int64 `(...)`, the id that follows each position, or IGNORE_INDEX.
+    """
+    kept = labels != IGNORE_INDEX
+    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    chunks = zip(hidden[kept].split(rows), labels[kept].split(rows), strict=True)
+    return torch.stack([(F.linear(h, weight).argmax(dim=-1) == y).sum() for h, y in chunks]).sum()

@@ -1,0 +1,88 @@
+"""The reference of DPO: log-probabilities of all pairs under the initial model, computed once and kept in a file.
+
+    CACHE_DIR/reference-<weights>-<pairs>.safetensors    "logps", float32 (2, pairs)
+
+The name and the file's own header carry the hash of the weights, with the model's shape and precision, and the hash of
+the pairs' ids and masks. Ids come out of the data, the tokenizer and the chat template: if any of them changes, the
+name is another one, and a file whose header says something else is computed again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitnet_train.data.batches import PairBatch, TokenBatch
+from bitnet_train.data.packing import PairRows
+from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.losses.tokens import IGNORE_INDEX, token_logps
+from bitnet_train.model.decoder import BitNetForCausalLM
+
+Precision = Callable[[], AbstractContextManager[None]]
+
+
+def completion_logps(model: BitNetForCausalLM, tokens: TokenBatch) -> Tensor:
+    """Log-probability of every completion in nats, float32 `(2, pairs)`: the chosen ones, then the rejected ones."""
+    hidden = model.model(tokens.input_ids, position_ids=tokens.position_ids, document_ids=tokens.document_ids)
+    return token_logps(hidden, model.head_weight, tokens.labels).sum(dim=-1).view(2, -1)
+
+
+def completion_lengths(tokens: TokenBatch) -> Tensor:
+    """Tokens of every completion, int64 `(2, pairs)`."""
+    return (tokens.labels != IGNORE_INDEX).sum(dim=-1).view(2, -1)
+
+
+@torch.no_grad()
+def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int = 8) -> Tensor:
+    """`completion_logps` of all pairs, without dropout: float32 `(2, len(pairs))` on the CPU."""
+    device, was_training = model.head_weight.device, model.training
+    model.eval()
+    logps = torch.empty(2, len(pairs))
+    by_length = pairs.lengths.argsort(kind="stable").tolist()
+    for start in range(0, len(pairs), batch_size):
+        numbers = by_length[start : start + batch_size]
+        batch: PairBatch = pairs.collate([pairs[i] for i in numbers])
+        logps[:, numbers] = completion_logps(model, TokenBatch(*(field.to(device) for field in batch.tokens))).cpu()
+    model.train(was_training)
+    return logps
+
+
+def cached_reference_logps(
+    model: BitNetForCausalLM, weights: str, pairs: PairRows, cache_dir: Path, precision: Precision
+) -> Tensor:
+    """`reference_logps`, read from the cache where it has them; `weights` is the model's `model_hash`."""
+    file = cache_dir / f"reference-{weights[:16]}-{pairs.fingerprint[:16]}.safetensors"
+    key = {"weights": weights, "pairs": pairs.fingerprint}
+    logps = _read(file, key, (2, len(pairs)))
+    if logps is None:
+        with precision():
+            logps = reference_logps(model, pairs)
+        with atomic_file(file) as temporary:
+            save_file({"logps": logps}, temporary, metadata=key)
+    return logps
+
+
+def _read(file: Path, key: dict[str, str], shape: tuple[int, int]) -> Tensor | None:
+    """What the file holds, if it is whole and of this key."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            logps: Tensor = tensors.get_tensor("logps")
+            return logps if tensors.metadata() == key and tuple(logps.shape) == shape else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def model_hash(model: BitNetForCausalLM, precision: Precision) -> str:
+    """Of all that decides about a log-probability: shape, weights, and whether products run in bfloat16."""
+    with precision():
+        autocast = torch.is_autocast_enabled(model.head_weight.device.type)
+    digest = hashlib.sha256(f"{model.config} {autocast}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""The C++ passes: bit for bit or within float32 rounding what torch computes, on any shape and number of threads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet_train import fused
+from bitnet_train.fused import Norm
+from bitnet_train.kernels import native
+from bitnet_train.losses import tokens
+from bitnet_train.quant import absmean, quantize_activation, ternary_codes
+
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((1, 5), (7, 123), (64, 128), (200, 509))  # tokens, features: odd, prime, a whole tile, several
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Inside its context the passes run in torch."""
+    return monkeypatch
+
+
+def both(monkeypatch: pytest.MonkeyPatch, call: object) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Results of a call in C++ and in torch."""
+    assert callable(call)
+    compiled = call()
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "available", lambda *tensors: False)
+        eager = call()
+    return compiled, eager
+
+
+@pytest.mark.parametrize("activation", [None, "relu2", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_norm_and_quantisation(
+    in_torch: pytest.MonkeyPatch, activation: str | None, dtype: torch.dtype, count: int, size: int
+) -> None:
+    x = torch.randn(count, size if activation is None else 2 * size).to(dtype)
+    norm, grad = Norm(torch.rand(size) + 0.5, 1e-5), torch.randn(count, size).to(dtype)
+    compiled, eager = both(in_torch, lambda: fused.quantize(x, norm, activation))
+    assert (compiled[0].int() - eager[0].int()).abs().max() <= 1  # an ulp of the norm decides a tie now and then
+    assert (compiled[0] != eager[0]).float().mean() < 1e-3
+    for got, want in zip(compiled[1:], eager[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+    gradients = both(in_torch, lambda: fused.norm_backward(grad, x, norm, eager[2], activation))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_quantisation_without_norm_is_that_of_quant(dtype: torch.dtype, count: int, size: int) -> None:
+    x = torch.randn(count, size).to(dtype)
+    x[0] = 0
+    x[-1, 0] = 0.5
+    codes, scale, _ = fused.quantize(x, None, None)
+    expected = quantize_activation(x)
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_scales_of_both_directions(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, count: int, size: int) -> None:
+    products = torch.randint(-20000, 20000, (count, size), dtype=torch.int32)
+    column, scale = torch.rand(size), torch.rand(count, 1) * 100
+    for bias in (None, torch.randn(size)):
+        for residual in (None, torch.randn(count, size).to(dtype)):
+            outputs = both(
+                in_torch, lambda b=bias, r=residual: (fused.dequantize(products, column, scale, b, r, dtype),)
+            )
+            assert torch.equal(outputs[0][0], outputs[1][0])
+    for grad_dtype in DTYPES:
+        grad = torch.randn(count, size).to(grad_dtype)
+        compiled, eager = both(in_torch, lambda g=grad: fused.scale_gradient(g, column, scale, dtype))
+        for got, want in zip(compiled, eager, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("count", [1, 1000, 300_001])
+def test_weights(in_torch: pytest.MonkeyPatch, count: int) -> None:
+    weight = torch.randn(count)
+    scale = absmean(weight)
+    weight[0] = scale / 2  # a tie: no more than half
+    compiled, eager = both(in_torch, lambda: (absmean(weight), ternary_codes(weight, scale)))
+    assert torch.equal(compiled[0], eager[0])
+    assert torch.equal(compiled[1], eager[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_likelihood(in_torch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    logits, labels = (torch.randn(9, 77) * 10).to(dtype), torch.randint(77, (9,))
+    (logps, lse), eager = both(in_torch, lambda: tokens._log_likelihood(logits, labels))
+    torch.testing.assert_close(logps, eager[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, eager[1], rtol=1e-6, atol=1e-6)
+    factors = torch.rand(9), torch.rand(9)
+    gradients = both(in_torch, lambda: (tokens._gradient_(logits.clone(), labels, lse, *factors),))
+    torch.testing.assert_close(
+        gradients[0][0], gradients[1][0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6
+    )
+
+
+def test_labels_outside_of_the_head_are_refused() -> None:
+    with pytest.raises(IndexError, match=r"labels are in \[0, 5\], the head has 5 rows"):
+        native.log_likelihood(torch.randn(2, 5), torch.tensor([0, 5]))
+
+
+def test_exp_over_its_whole_range() -> None:
+    """softmax of (x, 0): the first probability is e^x / (e^x + 1)."""
+    x = torch.cat((torch.linspace(-120, 20, 4001), torch.tensor([-200.0, -87.5, 0.0])))
+    logits = torch.stack((x, torch.zeros_like(x)), dim=1)
+    logps, _ = native.log_likelihood(logits, torch.ones(len(x), dtype=torch.int64))
+    torch.testing.assert_close(logps, -torch.nn.functional.softplus(x), rtol=3e-6, atol=3e-7)
+
+
+SUMS = """
+import torch
+from bitnet_train.kernels import native
+torch.set_num_threads({threads})
+torch.manual_seed(0)
+x, weight, grad = torch.randn(333, 257), torch.rand(257), torch.randn(333, 257)
+codes, scale, rms = native.quantize(x, weight, 1e-5, None)
+grads = native.norm_backward(grad, x, weight, rms, None)
+print([float(t.double().sum()) for t in (codes, scale, rms, *grads, native.absolute_sums(x.flatten(), 1000))])
+"""
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", SUMS.format(threads=threads)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for threads in (1, 2, 3)
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_one_library_per_source_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native._compiled("c++")
+    assert native._compiled("c++") == first
+    assert [path.name for path in (tmp_path / "bitnet_train").iterdir()] == [first.name]
+    changed = tmp_path / "native.cpp"
+    changed.write_text(native.SOURCE.read_text() + "\n// changed\n")
+    monkeypatch.setattr(native, "SOURCE", changed)
+    assert native._compiled("c++") != first
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/bin/false"}, {"BITNET_TRAIN_NATIVE": "0"}])
+def test_without_a_working_compiler_torch_computes(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert not native.available(torch.randn(2, 2))
+        assert fused.quantize(torch.ones(2, 3), None, None)[0].eq(127).all()
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()

@@ -218,6 +218,14 @@ def test_tensors_without_a_place_and_missing_ones_are_refused(tmp_path: Path) ->
         start_from(tmp_path, starting_config(tmp_path))
 
 
+def test_codes_are_no_start(tmp_path: Path) -> None:
+    write_master(tmp_path)
+    offline = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    edit_config(tmp_path, quantization_config=offline)
+    with pytest.raises(UserError, match="holds packed ternary weights, which cannot be trained"):
+        starting_config(tmp_path)
+
+
 def test_a_changed_size_is_refused(tmp_path: Path) -> None:
     write_dense(tmp_path, "llama")
     config = BitNetConfig(**{**vars(starting_config(tmp_path)), "num_key_value_heads": 1})

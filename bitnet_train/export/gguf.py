@@ -16,7 +16,7 @@ from bitnet_train.model.weights import located
 def write_gguf_model(source: Source, path: Path, type_name: str) -> None:
     """Writes the file whole or not at all; `type_name` is one of `GGUF_TYPES`."""
     types = GGUF_TYPES[type_name]
-    fields = {**asdict(source.config), **source.config_json}
+    fields = {**source.config_json, **asdict(source.config)}
     metadata = model_metadata(source.name, fields, types.file_type, source.licence) | source.tokenizer.gguf_metadata()
     tensors = {gguf_name(name): _blocks(source, name, types) for name in source.shapes}
     write_gguf(path, ARCHITECTURES[source.config.hidden_act], metadata, tensors)

@@ -43,6 +43,7 @@ class Agreement(NamedTuple):
     top1: float
     bits_per_byte: float
     our_bits_per_byte: float
+    perplexity_ratio: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Report:
     def __str__(self) -> str:
         if self.agreement is None:
             return f"{self.runtime} not run: {self.reason}"
-        kl, top1, theirs, ours = self.agreement
+        kl, top1, theirs, ours, _ = self.agreement
         figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
         return f"{'' if self.agrees else 'error: '}{self.runtime}: {figures}"
 
@@ -118,12 +119,15 @@ def agreement(sample: Sample, logits: Tensor) -> Agreement:
     ours, theirs = sample.logits.log_softmax(-1), logits.float().log_softmax(-1)
     kl = float((ours.exp() * (ours - theirs)).sum(-1).mean())
     top1 = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
-    return Agreement(kl, top1, _bits_per_byte(sample, theirs), _bits_per_byte(sample, ours))
+    our_nll, their_nll = _nll_sum(sample, ours), _nll_sum(sample, theirs)
+    bits = 1 / math.log(2) / sample.bytes
+    ratio = math.exp((their_nll - our_nll) / (len(sample.ids) - 1))
+    return Agreement(kl, top1, their_nll * bits, our_nll * bits, ratio)
 
 
-def _bits_per_byte(sample: Sample, log_probabilities: Tensor) -> float:
+def _nll_sum(sample: Sample, log_probabilities: Tensor) -> float:
     labels = torch.tensor(sample.ids[1:])[:, None]
-    return -float(log_probabilities[:-1].gather(1, labels).sum()) / math.log(2) / sample.bytes
+    return -float(log_probabilities[:-1].gather(1, labels).sum())
 
 
 def _read(text: Path) -> str:

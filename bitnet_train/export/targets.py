@@ -128,5 +128,5 @@ def _gguf(source: Source, target: Target) -> Iterator[str]:
         with located(source.path, name):
             tensor_bytes(types.ternary, source.shapes[name])
     with located(source.path, CONFIG):
-        model_metadata("", {**asdict(config), **source.config_json}, types.file_type)
+        model_metadata("", {**source.config_json, **asdict(config)}, types.file_type)
     source.tokenizer.gguf_metadata()

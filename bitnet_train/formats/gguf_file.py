@@ -15,7 +15,7 @@ library's own reader refuses type 36. Source: ggml, docs/gguf.md.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -26,6 +26,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
+from bitnet_train.formats.parts import ahead
 
 _ALIGNMENT = 32
 _VERSION = 3
@@ -44,7 +45,7 @@ class LazyBlocks(NamedTuple):
 def write_gguf(
     path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
 ) -> None:
-    """Writes a GGUF file with one part of a tensor in memory at a time; `path` appears when it is whole.
+    """Writes a GGUF file with two parts of a tensor in memory at a time; `path` appears when it is whole.
 
     Args:
         path: the file, replaced if it exists.
@@ -56,10 +57,8 @@ def write_gguf(
         _write_header(temporary, architecture, metadata, tensors)
         with temporary.open("ab") as file:
             _pad(file)
-            for tensor in tensors.values():
-                for part in tensor.parts():
-                    file.write(part)
-                _pad(file)
+            for part in ahead(_tensor_data(tensors.values())):
+                file.write(part)
 
 
 def _write_header(
@@ -79,6 +78,13 @@ def _write_header(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
+
+
+def _tensor_data(tensors: Iterable[LazyBlocks]) -> Iterator[bytes]:
+    """The bytes of every tensor, each padded to the alignment."""
+    for kind, shape, parts in tensors:
+        yield from parts()
+        yield bytes(-tensor_bytes(kind, shape) % _ALIGNMENT)
 
 
 def _pad(file: BinaryIO) -> None:

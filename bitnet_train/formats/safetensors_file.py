@@ -11,8 +11,9 @@ A reader maps the file, and what was touched of it stays resident while it is op
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.parts import ahead, rows_per_part
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -109,7 +110,7 @@ class LazyTensor(NamedTuple):
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Writes a safetensors file with one part of a tensor in memory at a time (metadata {"format": "pt"}).
+    """Writes a safetensors file with two parts of a tensor in memory at a time (metadata {"format": "pt"}).
 
     The tensors lie as the safetensors library sorts them, wide dtypes first, then by name: every one is then aligned.
     They are made in the order of `tensors`, so that neighbours there can share their work.
@@ -119,10 +120,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     header = _header({name: tensors[name] for name in order}, ends)
     with path.open("wb") as file:
         file.write(header)
-        for name, tensor in tensors.items():
-            file.seek(len(header) + ends[name] - tensor.bytes)
-            for part in tensor.parts():
-                assert part.dtype == tensor.dtype, name
+        made = ((name, part) for name, tensor in tensors.items() for part in tensor.parts())
+        for name, parts in groupby(ahead(made), key=itemgetter(0)):
+            file.seek(len(header) + ends[name] - tensors[name].bytes)
+            for _, part in parts:
+                assert part.dtype == tensors[name].dtype, name
                 file.write(part.detach().reshape(-1).view(torch.uint8).numpy().data)
             assert file.tell() == len(header) + ends[name], name
 

@@ -5,6 +5,7 @@ expression that cuts a text before merging. GGUF keeps the same facts under `tok
 expression, `tokenizer.ggml.pre`: a wrong or absent name tokenises differently without an error (microsoft/BitNet#508).
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import TOKENIZER_FILES, read_json
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -129,7 +132,7 @@ class TokenizerFiles:
             "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
             "tokenizer.ggml.add_bos_token": self.bos_id is not None,
             "tokenizer.ggml.add_eos_token": False,
-            "tokenizer.chat_template": self.chat_template,
+            "tokenizer.chat_template": self.chat_template and _without_generation(self.chat_template),
         }
         return {key: value for key, value in metadata.items() if value is not None}
 
@@ -183,3 +186,8 @@ class TokenizerFiles:
                 f"{self.path}: pre_tokenizer must be LLaMA-3's or GPT-2's for GGUF, which keeps no other; got {pre}"
             )
         return PRE_TOKENIZERS[cuts[0]]
+
+
+def _without_generation(template: str) -> str:
+    """The template with {% if true %} for {% generation %}: the same text, and no tag that llama.cpp's parsers lack."""
+    return _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", template)

@@ -80,8 +80,10 @@ class FolderWeights:
     def ternary(self, name: str) -> TernaryWeight:
         if self.kind != "packed":
             weight = self.folder.load(name)
-            check_finite(self.path, name, weight)
-            return quantize_weight(weight)
+            ternary = quantize_weight(weight.float())
+            if not ternary.scale.isfinite():  # as little as one weight makes it so
+                check_finite(self.path, name, weight)
+            return ternary
         with located(self.path, name):
             codes = unpack_ternary(self.folder.load(name))
         scale = self.folder.load(f"{name}_scale").float().reshape(())

@@ -210,7 +210,12 @@ def test_codes_and_scales_over_the_space_of_models(
     tmp_path: Path, kv_heads: int, bias: bool, tied: bool, act: str, dtype: str
 ) -> None:
     """Every target that takes the model holds quant.py's codes, and its scale rounded to the type that is stored."""
-    fields = {"hidden_size": 256, "num_key_value_heads": kv_heads, "attention_bias": bias, "hidden_act": act}
+    fields: dict[str, int | str] = {
+        "hidden_size": 256,
+        "num_key_value_heads": kv_heads,
+        "attention_bias": bias,
+        "hidden_act": act,
+    }
     write_master(tmp_path / "master", {**fields, "tie_word_embeddings": tied}, dtype=getattr(torch, dtype))
     source = open_source(tmp_path / "master")
     masters = load_file(tmp_path / "master" / "model.safetensors")

@@ -11,9 +11,9 @@ import difflib
 import importlib
 import os
 import time
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -129,8 +129,22 @@ def _structured(cls: Any, values: dict[Any, Any], prefix: str) -> Any:
         required = field.default is MISSING and field.default_factory is MISSING
         if key not in values and required:
             raise UserError(f"{prefix}{key} is missing")
+    # OmegaConf makes a node of a frozen dataclass read-only before it has filled it, so those are built one by one.
+    nested = {
+        key: _structured(inner, values[key], f"{prefix}{key}.")
+        for key, inner in _dataclass_fields(cls).items()
+        if isinstance(values.get(key), dict)
+    }
+    flat = {key: value for key, value in values.items() if key not in nested}
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        built: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), flat))
+        return replace(built, **nested)
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{prefix}{error.full_key or ''}: {message}") from error
+
+
+def _dataclass_fields(cls: Any) -> dict[str, Any]:
+    """The fields that are a dataclass, or one or None, and that dataclass."""
+    hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
+    return {name: inner for name, types in hints.items() for inner in types if is_dataclass(inner)}

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from bitnet_train.kernels import native
 from bitnet_train.kernels.integer_matmul import integer_matmul
 
 WEIGHT_EPS = 1e-5  # floor of the mean |W|
@@ -51,8 +52,11 @@ def absmean(weight: Tensor) -> Tensor:
     place of g moves the threshold of every code. NaN and inf go through.
     """
     flat = weight.detach().reshape(-1)
-    blocks = flat.split(_CPU_BLOCK) if flat.device.type == "cpu" else (flat,)
-    total = torch.stack([block.double().abs_().sum() for block in blocks]).sum()
+    if flat.dtype == torch.float32 and native.available(flat):
+        total = native.absolute_sums(flat, _CPU_BLOCK).sum()
+    else:
+        blocks = flat.split(_CPU_BLOCK) if flat.device.type == "cpu" else (flat,)
+        total = torch.stack([block.double().abs_().sum() for block in blocks]).sum()
     return (total / flat.numel()).float().clamp(min=WEIGHT_EPS)
 
 
@@ -63,6 +67,8 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     that |W / g| lies more than half a unit in the last place above 0.5, so that it rounds to a number above 0.5.
     """
     half, weight = scale / 2, weight.detach().float()
+    if weight.is_contiguous() and native.available(weight):
+        return native.ternary_codes(weight, float(half))
     return torch.gt(weight, half).view(torch.int8) - torch.lt(weight, -half).view(torch.int8)
 
 
@@ -86,76 +92,51 @@ def quantize_activation(x: Tensor) -> Int8Activation:
 def ternary_linear(x: Int8Activation, weight: TernaryWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (xq . q) g / s + b in `dtype`: `(..., in)` and `(out, in)` to `(..., out)`. The sum of integers is exact."""
     rows = x.codes.reshape(-1, x.codes.shape[-1])
-    y = integer_matmul(rows, weight.codes)
-    y *= weight.scale / x.scale.reshape(-1, 1)
+    y = integer_matmul(rows, weight.codes) * (weight.scale * x.scale.reshape(-1, 1).reciprocal())
     if bias is not None:
         y += bias
     return y.to(dtype).view(*x.codes.shape[:-1], weight.codes.shape[0])
 
 
-class _BitLinears(Function):
-    """Several BitLinear maps of one input, which is quantised once: `(..., in)` to a tuple of `(..., out_i)`.
-
-    Saved for the backward pass: the int8 codes of the input (a quarter of float32) and of the weights.
-    """
+class _Lerp(Function):
+    """x + strength (q(x) - x) with the gradient of x: rounding is invisible to it (straight-through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[:count], parameters[count:]
-        quantized = quantize_activation(x)
-        ternary = [quantize_weight(weight) for weight in weights if weight is not None]
-        ctx.save_for_backward(*quantized, *(tensor for pair in ternary for tensor in pair))
-        ctx.x_dtype, ctx.bias_dtypes = x.dtype, [None if bias is None else bias.dtype for bias in biases]
-        ctx.weight_dtypes = [weight.dtype for weight in weights if weight is not None]
-        return tuple(ternary_linear(quantized, w, bias, dtype) for w, bias in zip(ternary, biases, strict=True))
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, strength: float) -> Tensor:
+        return torch.lerp(x, quantized.to(x.dtype), strength)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, *flat = ctx.saved_tensors
-        ternary = [TernaryWeight(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
-        rows, scale = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        grad_x = _grad_input(grads, ternary).to(ctx.x_dtype).view(codes.shape) if ctx.needs_input_grad[0] else None
-        needs = ctx.needs_input_grad[3:]
-        grad_weights = [
-            _grad_weight(grad, rows, scale).to(dtype) if need else None
-            for grad, dtype, need in zip(grads, ctx.weight_dtypes, needs, strict=False)
-        ]
-        grad_biases = [
-            grad.sum(dim=0, dtype=torch.float32).to(dtype) if dtype and need else None
-            for grad, dtype, need in zip(grads, ctx.bias_dtypes, needs[len(grads) :], strict=True)
-        ]
-        return grad_x, None, None, *grad_weights, *grad_biases
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0], None, None
 
 
-def _grad_input(grads: Sequence[Tensor], weights: Sequence[TernaryWeight]) -> Tensor:
-    """sum_i (dL/dy_i . q_i) g_i in float32, `(tokens, in)`; the products run in the dtype of dL/dy."""
-    first, *others = [(g @ w.codes.to(g.dtype)).float().mul_(w.scale) for g, w in zip(grads, weights, strict=True)]
-    for term in others:
-        first += term
-    return first
+def fake_quantize_weight(weight: Tensor, strength: float = 1.0) -> Tensor:
+    """W + strength (q g - W) in the shape and dtype of W, with the gradient of W."""
+    codes, scale = quantize_weight(weight)
+    lerped: Tensor = _Lerp.apply(weight, codes * scale, strength)  # type: ignore[no-untyped-call]
+    return lerped
 
 
-def _grad_weight(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """(dL/dy / s)^T . xq, `(out, in)`, in the dtype of dL/dy: int8 codes are exact in bfloat16."""
-    return (grad / scale).to(grad.dtype).t() @ codes.to(grad.dtype)
+def fake_quantize_activation(x: Tensor, strength: float = 1.0) -> Tensor:
+    """x + strength (xq / s - x) in the shape and dtype of x, with the gradient of x."""
+    codes, scale = quantize_activation(x)
+    lerped: Tensor = _Lerp.apply(x, codes / scale, strength)  # type: ignore[no-untyped-call]
+    return lerped
 
 
-def bit_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """BitLinear maps of one input with straight-through gradients: y_i = (xq . q_i) g_i / s + b_i.
+def bit_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], strength: float = 1.0
+) -> tuple[Tensor, ...]:
+    """BitLinear maps of one input by fake quantisation: the reference of `fused`, and the warm-up from a dense model.
 
     Args:
         x: `(..., in)`, any floating dtype; quantised once for all maps.
         weights: master weights `(out_i, in)`.
         biases: `(out_i,)` or None, one per weight.
+        strength: lambda in v + lambda (q(v) - v) for activations and weights: 0 is a dense layer, 1 is BitLinear.
 
     Returns:
-        `(..., out_i)` for each weight, in the dtype of x, or of autocast where that is on. The backward products run in
-        the same dtype.
+        `(..., out_i)` for each weight; the products run in the dtype of x, or of autocast where that is on.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        outputs: tuple[Tensor, ...] = _BitLinears.apply(x, dtype, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
-    return outputs
+    x = fake_quantize_activation(x, strength)
+    return tuple(F.linear(x, fake_quantize_weight(w, strength), b) for w, b in zip(weights, biases, strict=True))

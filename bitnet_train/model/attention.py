@@ -1,12 +1,19 @@
-"""Causal attention with grouped keys and values, over rows that may hold several documents, with an optional cache."""
+"""Causal attention with grouped keys and values, over rows that may hold several documents, with an optional cache.
 
+h + o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v)) with q, k, v of x = norm(h), q and k turned by position.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_train.model.bitlinear import linear, project
+from bitnet_train.model.bitlinear import fused_linear, fusible, linear
+from bitnet_train.model.block_attention import available as block_attention_available
+from bitnet_train.model.block_attention import block_attention
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.norm import RMSNorm
 from bitnet_train.model.rope import Rotation, rotate
@@ -44,14 +51,34 @@ class KVCache:
         return 0 if keys is None else keys.shape[2]
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """True where a query sees a key: same document, not later. `(batch, seq)` to bool `(batch, 1, seq, seq)`."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril()[:, None]
+class Documents:
+    """What a token sees in a row that holds several documents: its own document, up to itself.
+
+    Attributes:
+        starts: int64 `(batch, seq)`, the first position of the document that each position belongs to.
+    """
+
+    def __init__(self, document_ids: Tensor) -> None:
+        """A run of equal numbers in `document_ids` (batch, seq) is a document."""
+        positions = torch.arange(document_ids.shape[1], device=document_ids.device)
+        changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
+        self.starts = (positions * changes).cummax(dim=1).values
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """True where a query sees a key: bool `(batch, 1, seq, seq)`."""
+        positions = torch.arange(self.starts.shape[1], device=self.starts.device)
+        return ((positions >= self.starts[:, :, None]) & (positions <= positions[:, None]))[:, None]
 
 
 class BitNetAttention(nn.Module):
-    """`(batch, seq, hidden)` to the same: o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v))."""
+    """The residual stream `(batch, seq, hidden)` to the same.
+
+    Attributes:
+        backend: "sdpa" is torch's attention with a mask over documents; "auto" takes `block_attention` where it can.
+    """
+
+    backend = "auto"
 
     def __init__(self, config: BitNetConfig) -> None:
         super().__init__()
@@ -69,19 +96,41 @@ class BitNetAttention(nn.Module):
         heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
-    def forward(self, x: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = map(self._heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
+    def _project(self, h: Tensor, norm: RMSNorm) -> Sequence[Tensor]:
+        """Queries, keys and values, `(batch, seq, heads * head_dim)` each."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if fusible(*layers):
+            return torch.split(fused_linear(h, layers, norm), [layer.out_features for layer in layers], dim=-1)
+        x = norm(h)
+        return [layer(x) for layer in layers]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """`(batch, heads, seq, head_dim)`, keys and values with fewer heads, to `(batch, seq, hidden)`."""
+        dropout = self.dropout if self.training else 0.0
+        if self.backend != "sdpa" and k.shape[2] == q.shape[2] > 1 and not dropout and block_attention_available(q):
+            starts = q.new_zeros(q.shape[0], q.shape[2], dtype=torch.int64) if documents is None else documents.starts
+            attended = block_attention(q, k, v, starts)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q,
+                k.repeat_interleave(self.groups, dim=1),
+                v.repeat_interleave(self.groups, dim=1),
+                attn_mask=None if documents is None else documents.mask,
+                dropout_p=dropout,
+                is_causal=documents is None and q.shape[2] > 1,
+            )
+        return attended.transpose(1, 2).flatten(2)
+
+    def forward(
+        self, h: Tensor, norm: RMSNorm, by: Rotation, documents: Documents | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The stream after this block; `norm` is the layer's norm before it."""
+        q, k, v = map(self._heads, self._project(h, norm))
         q, k = rotate(q, by), rotate(k, by)
         if cache is not None:
             k, v = cache.extend(k, v)
-        causal = mask is None and q.shape[2] > 1
-        attended = F.scaled_dot_product_attention(
-            q,
-            k.repeat_interleave(self.groups, dim=1),
-            v.repeat_interleave(self.groups, dim=1),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
-        output: Tensor = self.o_proj(self.attn_sub_norm(attended.transpose(1, 2).flatten(2)))
+        attended = self._attend(q, k, v, documents)
+        if fusible(self.o_proj):
+            return fused_linear(attended, (self.o_proj,), self.attn_sub_norm, residual=h)
+        output: Tensor = h + self.o_proj(self.attn_sub_norm(attended))
         return output

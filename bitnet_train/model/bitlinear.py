@@ -5,16 +5,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.fused import Stacked, normed_bit_linear, stack
 from bitnet_train.model.config import BitNetConfig
+from bitnet_train.model.norm import RMSNorm
 from bitnet_train.quant import TernaryWeight, bit_linear, quantize_activation, quantize_weight, ternary_linear
 
 
 class BitLinear(nn.Linear):
-    """A linear layer with ternary weights and int8 activations in the forward pass, and a float master weight."""
+    """A linear layer with ternary weights and int8 activations in the forward pass, and a float master weight.
+
+    Attributes:
+        strength: lambda of the quantisation warm-up, from 0 (dense) to 1 (BitLinear), see `quant.bit_linear`.
+        keeps_codes: whether codes are kept from one forward pass to the next, until `forget_codes`.
+    """
+
+    strength = 1.0
+    keeps_codes = False
+    _kept: tuple[tuple[int, ...], Stacked] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`; see `quant.bit_linear`."""
-        return bit_linear(input, [self.weight], [self.bias])[0]
+        """`(..., in)` to `(..., out)`."""
+        if self.strength < 1.0:
+            return bit_linear(input, [self.weight], [self.bias], self.strength)[0]
+        return normed_bit_linear(input, [self.weight], bias=self.bias)
+
+    def stacked_with(self, others: Sequence["BitLinear"]) -> Stacked:
+        """The codes of this layer's weight and of the others', made anew unless they are kept."""
+        weights = [self.weight, *(layer.weight for layer in others)]
+        if not self.keeps_codes:
+            return stack(weights)
+        versions = tuple(weight._version for weight in weights)
+        if self._kept is None or self._kept[0] != versions:
+            self._kept = versions, stack(weights)
+        return self._kept[1]
 
 
 class TernaryLinear(nn.Module):
@@ -46,12 +69,47 @@ def linear(config: BitNetConfig, in_features: int, out_features: int, bias: bool
     return layer(in_features, out_features, bias=bias)
 
 
-def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Applies layers that read the same input: BitLinears quantise it once for all of them."""
-    if all(isinstance(layer, BitLinear) for layer in layers):
-        bit_linears = [layer for layer in layers if isinstance(layer, BitLinear)]
-        return bit_linear(x, [layer.weight for layer in bit_linears], [layer.bias for layer in bit_linears])
-    return [layer(x) for layer in layers]
+def fusible(*layers: nn.Module) -> bool:
+    """Whether `fused_linear` can compute these layers: BitLinears at full strength."""
+    return all(isinstance(layer, BitLinear) and layer.strength == 1.0 for layer in layers)
+
+
+def fused_linear(
+    x: Tensor,
+    layers: Sequence[nn.Linear],
+    norm: RMSNorm,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """BitLinears that read one input, norm and residual included: `(..., in)` to `(..., sum out)`, see `fused`."""
+    first, *others = [layer for layer in layers if isinstance(layer, BitLinear)]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return normed_bit_linear(
+        x,
+        [layer.weight for layer in layers],
+        norm=norm.norm,
+        activation=activation,
+        residual=residual,
+        bias=torch.cat(biases) if biases else None,
+        stacked=first.stacked_with(others),
+    )
+
+
+def keep_codes(model: nn.Module, keep: bool = True) -> None:
+    """Lets BitLinears keep their codes while weights stand still: several micro-batches, or a recomputed forward pass.
+
+    Whoever switches this on calls `forget_codes` after every update: not every optimizer leaves a trace in the weight.
+    """
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.keeps_codes, module._kept = keep, None
+
+
+def forget_codes(model: nn.Module) -> None:
+    """Drops kept codes; the next forward pass quantises again."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module._kept = None
 
 
 def freeze(model: nn.Module) -> nn.Module:

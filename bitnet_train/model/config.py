@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bitnet_train.errors import UserError
+from bitnet_train.model.rope import RopeScaling
 
 HIDDEN_ACTS = ("relu2", "silu")
 
@@ -31,6 +32,7 @@ class BitNetConfig:
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -57,9 +59,9 @@ class BitNetConfig:
             )
         if self.hidden_act not in HIDDEN_ACTS:
             raise UserError(f"model.hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}")
-        if not (self.initializer_range > 0.0 and self.rope_theta > 0.0 and self.rms_norm_eps >= 0.0):
+        if not (self.initializer_range > 0.0 and self.rope_theta > 1.0 and self.rms_norm_eps >= 0.0):
             raise UserError(
-                "model.initializer_range and model.rope_theta must be above 0, model.rms_norm_eps at least 0, got "
+                "model.initializer_range must be above 0, model.rope_theta above 1, model.rms_norm_eps at least 0, got "
                 f"{self.initializer_range}, {self.rope_theta}, {self.rms_norm_eps}"
             )
         if not 0.0 <= self.attention_dropout < 1.0:
@@ -71,9 +73,15 @@ class BitNetConfig:
         return self.hidden_size // self.num_attention_heads
 
     def to_json(self) -> dict[str, Any]:
-        """config.json of a folder of master weights, as transformers reads it (bitnet-b1.58-2B-4T-bf16's keys)."""
-        shape = {name: value for name, value in asdict(self).items() if name != "quantize"}
+        """config.json of a folder of master weights, as transformers reads it (bitnet-b1.58-2B-4T-bf16's keys).
+
+        Scaled positions are `rope_theta` and `rope_scaling` beside it, which every transformers with this model reads;
+        before 5 it overlooks `rope_parameters`, and computes another function.
+        """
+        shape = {name: value for name, value in asdict(self).items() if name not in ("quantize", "rope_scaling")}
         config = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **shape}
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = {name: v for name, v in asdict(self.rope_scaling).items() if v is not None}
         if self.quantize:
             # Without this key transformers loads the masters as a dense model, which is another function.
             config["quantization_config"] = {
@@ -92,16 +100,44 @@ class BitNetConfig:
         """
         if config.get("model_type") != "bitnet":
             raise UserError(f"config.json: model_type must be 'bitnet', got {config.get('model_type')!r}")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise UserError(f"config.json: rope scaling must be 'default' for this decoder, got {rope_type!r}")
-        known = {field.name for field in fields(cls)} - {"quantize"}
+        known = {field.name for field in fields(cls)} - {"quantize", "rope_scaling"}
         values = {name: value for name, value in config.items() if name in known and value is not None}
         # What transformers takes where config.json is silent
         values.setdefault("num_key_value_heads", config.get("num_attention_heads", cls.num_attention_heads))
         values.setdefault("tie_word_embeddings", False)
         values.setdefault("max_position_embeddings", 2048)
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        values |= rope_fields(config, values["max_position_embeddings"])
         return cls(**values, quantize=config.get("quantization_config") is not None)
+
+
+def rope_fields(config: Mapping[str, Any], trained: int) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, where they are set, from any config.json.
+
+    It holds `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`, whose type was once called `type`.
+
+    Args:
+        config: the content of config.json.
+        trained: the original context length, where it is not given.
+
+    Raises:
+        UserError: the scaling is of a type, or has a field, that this decoder lacks.
+    """
+    rope = {**(config.get("rope_scaling") or config.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    found = {} if theta is None else {"rope_theta": theta}
+    older = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", older)
+    return found if rope_type == "default" else {**found, "rope_scaling": _scaling(rope_type, rope, trained)}
+
+
+def _scaling(rope_type: str, rope: Mapping[str, Any], trained: int) -> RopeScaling:
+    known = {field.name for field in fields(RopeScaling)}
+    values = {name: value for name, value in rope.items() if (name, value) != ("partial_rotary_factor", 1.0)}
+    if unknown := values.keys() - known:
+        raise UserError(
+            f"config.json: rope_scaling.{min(unknown)} is no field that this decoder knows, "
+            f"got rope_type {rope_type!r} with {dict(rope)}"
+        )
+    if rope_type != "linear" and values.get("original_max_position_embeddings") is None:
+        values["original_max_position_embeddings"] = trained
+    return RopeScaling(rope_type, **values)

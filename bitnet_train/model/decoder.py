@@ -6,10 +6,13 @@
 Embedding and head are not quantised (BitNet b1.58 2B4T report, arXiv 2504.12285, section 2).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from bitnet_train.model.attention import BitNetAttention, KVCache, LayerCache, document_mask
+from bitnet_train.model.attention import BitNetAttention, Documents, KVCache, LayerCache
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.feed_forward import BitNetMLP
 from bitnet_train.model.norm import RMSNorm
@@ -17,7 +20,14 @@ from bitnet_train.model.rope import Rotation, rotation
 
 
 class BitNetDecoderLayer(nn.Module):
-    """One layer on the residual stream `(batch, seq, hidden)`."""
+    """One layer on the residual stream `(batch, seq, hidden)`.
+
+    Attributes:
+        checkpointing: what the backward pass computes again instead of keeping it: "none"; "selective", the
+            feed-forward block, which holds most of the activations and has no attention; "full", the whole layer.
+    """
+
+    checkpointing = "none"
 
     def __init__(self, config: BitNetConfig) -> None:
         super().__init__()
@@ -26,10 +36,26 @@ class BitNetDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h: Tensor, by: Rotation, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), by, mask, cache)
-        output: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+    def forward(self, h: Tensor, by: Rotation, documents: Documents | None, cache: LayerCache | None = None) -> Tensor:
+        recompute = self.checkpointing if torch.is_grad_enabled() and cache is None else "none"
+        if recompute == "full":
+            return checkpointed(self._blocks, h, by, documents, None, "none")
+        return self._blocks(h, by, documents, cache, recompute)
+
+    def _blocks(
+        self, h: Tensor, by: Rotation, documents: Documents | None, cache: LayerCache | None, recompute: str
+    ) -> Tensor:
+        h = self.self_attn(h, self.input_layernorm, by, documents, cache)
+        if recompute == "selective":
+            return checkpointed(self.mlp, h, self.post_attention_layernorm)
+        output: Tensor = self.mlp(h, self.post_attention_layernorm)
         return output
+
+
+def checkpointed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """function(*arguments), computed again in the backward pass."""
+    output: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return output
 
 
 class BitNetModel(nn.Module):
@@ -56,7 +82,8 @@ class BitNetModel(nn.Module):
         Args:
             input_ids: int64 `(batch, seq)`; or `inputs_embeds`, `(batch, seq, hidden)`, in their place.
             position_ids: int64 `(batch, seq)`; from 0, or from the end of the cache, where absent.
-            document_ids: int64 `(batch, seq)`: equal numbers see each other. Absent: each row is one document.
+            document_ids: int64 `(batch, seq)`: a run of equal numbers is a document, which sees itself alone. Absent:
+                each row is one document.
             cache: keys and values of earlier positions, extended by this call. With a cache that holds positions
                 already, seq must be 1.
         """
@@ -64,10 +91,11 @@ class BitNetModel(nn.Module):
         if position_ids is None:
             start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + h.shape[1], device=h.device)[None]
-        by = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = document_mask(document_ids) if document_ids is not None else None
+        config = self.config
+        by = rotation(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
+        documents = Documents(document_ids) if document_ids is not None else None
         for index, layer in enumerate(self.layers):
-            h = layer(h, by, mask, cache.layer(index) if cache is not None else None)
+            h = layer(h, by, documents, cache.layer(index) if cache is not None else None)
         output: Tensor = self.norm(h)
         return output
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bitnet_train.fused import Norm
+
 
 class _RMSNorm(Function):
     @staticmethod
@@ -48,6 +50,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+    @property
+    def norm(self) -> Norm:
+        """Gain and epsilon, for where a BitLinear takes the norm into itself."""
+        return Norm(self.weight, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]

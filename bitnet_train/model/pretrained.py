@@ -62,21 +62,30 @@ def _download(hub_id: str, name: str) -> Path:
         raise UserError(f"{name}={hub_id}: no such folder, and the hub did not give it either: {reason}") from error
 
 
-def load_for_training(folder: Path) -> BitNetForCausalLM:
-    """The decoder of a folder of master weights, its parameters in float32.
+def master_folder(folder: Path) -> HFFolder:
+    """A folder of weights that can be trained.
 
     Raises:
-        UserError: the folder is packed (masters cannot be had back from codes), no BitNet, or damaged.
+        UserError: the folder is packed: masters cannot be had back from codes.
     """
     if folder.is_file() or folder_kind(folder) == "packed":
         raise UserError(
             f"{folder}: holds packed ternary weights, which cannot be trained: the masters behind them are lost; start "
             "from the master weights that they were exported from (quantization_mode online)"
         )
-    source = HFFolder(folder)
+    return HFFolder(folder)
+
+
+def load_for_training(folder: Path) -> BitNetForCausalLM:
+    """The decoder of a folder of master weights, its parameters in float32.
+
+    Raises:
+        UserError: the folder is packed, no BitNet, or damaged.
+    """
+    source = master_folder(folder)
     model = BitNetForCausalLM(BitNetConfig.from_json(source.config))
     for name, parameter in model.named_parameters():
-        _copy(source, name, parameter)
+        copy_tensor(source, name, parameter)
     return model
 
 
@@ -122,7 +131,12 @@ def _check_shape(path: Path, name: str, stored: Tensor, parameter: Tensor) -> No
 
 
 @torch.no_grad()
-def _copy(source: HFFolder, name: str, parameter: Tensor) -> None:
+def copy_tensor(source: HFFolder, name: str, parameter: Tensor) -> None:
+    """Copies a tensor of the folder into a parameter, in the parameter's dtype.
+
+    Raises:
+        UserError: the folder has none of this name, or it has another shape.
+    """
     if source.shape(name) != tuple(parameter.shape):
         raise UserError(
             f"{source.path}: tensor {name} must have shape {tuple(parameter.shape)}, got {source.shape(name)}; "

@@ -6,17 +6,15 @@ fit         Lightning's loop over `TrainingModule`
 result      run_dir/model, an HF folder of master weights; status.json says how it ended
 """
 
-import ctypes.util
 import fcntl
 import json
 import logging
 import os
 import random
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,18 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train import config as configuration
 from bitnet_train.config import RunConfig
 from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import SpecialIds, load_for_training, save_pretrained, source_folder
+from bitnet_train.model.pretrained import SpecialIds, save_pretrained, source_folder
+from bitnet_train.model.start import start_from, starting_config
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import checkpoint
@@ -46,7 +46,6 @@ from bitnet_train.training.module import TrainingModule
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
 
 
@@ -88,7 +87,7 @@ def run(settings: RunConfig, config: DictConfig) -> None:
         StopRequested: the run was asked to stop; its state is saved.
     """
     _quiet_lightning()
-    _keep_freed_memory()
+    keep_freed_memory()
     with stop_on_signals():
         _run(settings, config, Path(HydraConfig.get().runtime.output_dir))
 
@@ -141,7 +140,7 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
     data_config = configuration.build(config.data, "data")
-    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config)
+    model, tokenizer = _start(settings.init_from, data_config.tokenizer, config, run_dir)
     _check_sizes(model.config, data_config.sequence_length, tokenizer)
     stage = configuration.build(config.stage, "stage")
     _check_stage(stage, data_config)
@@ -153,16 +152,34 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     return Parts(settings, run_dir, tokenizer, data, module)
 
 
-def _start(init_from: str | None, tokenizer: str | None, config: DictConfig) -> tuple[BitNetForCausalLM, Tokenizer]:
+def _start(
+    init_from: str | None, tokenizer: str | None, config: DictConfig, run_dir: Path
+) -> tuple[BitNetForCausalLM, Tokenizer]:
     """Weights and tokenizer: those of init_from, or fresh weights and the tokenizer of data.tokenizer."""
     if init_from is not None:
         folder = source_folder(init_from, "init_from")
-        return load_for_training(folder), Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
+        model, report = start_from(folder, _varied(starting_config(folder), config.model))
+        log.info("%s", report)
+        (run_dir / "init_from.txt").write_text(f"{report}\n", encoding="utf-8")
+        return model, Tokenizer.from_folder(Path(tokenizer) if tokenizer else folder)
     if tokenizer is None:
         raise UserError(
             "data.tokenizer is not set; give a folder with tokenizer.json, or start from weights: init_from=DIR"
         )
+    if "_target_" not in config.model:
+        raise UserError("model=inherit takes the model of init_from, which is not set; choose another model=")
     return BitNetForCausalLM(configuration.build(config.model, "model")), Tokenizer.from_folder(Path(tokenizer))
+
+
+def _varied(config: BitNetConfig, node: DictConfig) -> BitNetConfig:
+    """The configuration that comes with init_from, with the fields set under model=inherit in place of its own."""
+    if "_target_" in node:
+        return config
+    values: dict[Any, Any] = {"_target_": f"{BitNetConfig.__module__}.{BitNetConfig.__name__}", **asdict(config)}
+    values |= {name: value for name, value in node.items() if value is not None}
+    varied = configuration.build(OmegaConf.create(values), "model")
+    assert isinstance(varied, BitNetConfig)
+    return varied
 
 
 def _check_stage(stage: Stage, data_config: Any) -> None:
@@ -332,14 +349,6 @@ def _save_result(parts: Parts) -> None:
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
     save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
-    libc = ctypes.util.find_library("c")
-    if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
-        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _quiet_lightning() -> None:

@@ -1,0 +1,211 @@
+"""The passes of native.cpp on CPU tensors: compiled once per machine by its C++ compiler, absent where it has none.
+
+The library lies in $XDG_CACHE_HOME/bitnet_train (or ~/.cache/bitnet_train) under a name made of the source, the
+compiler and the processor, so that a home folder shared by different machines holds one for each.
+BITNET_TRAIN_NATIVE=0 in the environment turns it off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# No fast-math and no contraction: rounding is that of the formulas.
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2}
+ROW_BLOCKS = 64  # partial sums of a sum over rows: more than most machines have threads, whatever the number of rows
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def available(*tensors: Tensor | None) -> bool:
+    """True where native.cpp can work on these tensors: float32 and bfloat16 on CPU, outside a compiled graph."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in present)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None, with a log line that says why."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if os.environ.get("BITNET_TRAIN_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
+        logger.info("the C++ passes are off: the same is computed by torch, slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("%s could not compile %s, torch computes the same, slower: %s", compiler, SOURCE.name, error)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this source, compiler and processor; compiled when it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
+    path = cache / f"native-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed into place: another process may do the same
+            built = Path(folder) / path.name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            built.replace(path)
+    return path
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    processor = [line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), "\n".join(sorted(set(processor))).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls a function of native.cpp: tensors as addresses, ints as int64, floats as float32."""
+    loaded = library()
+    assert loaded is not None
+    loaded[name](*map(_argument, arguments))
+
+
+def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def quantize(x: Tensor, weight: Tensor | None, eps: float, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Int8 codes of RMSNorm(source(x)), see `fused.quantize`: `(tokens, width)` to codes, scale and rms."""
+    x = x.contiguous()
+    tokens, size = len(x), x.shape[1] if activation is None else x.shape[1] // 2
+    codes = torch.empty(tokens, size, dtype=torch.int8)
+    scale, rms = torch.empty(tokens, 1), torch.empty(tokens, 1)
+    name = f"quantize_{_SUFFIX[x.dtype]}"
+    _call(name, x, weight, tokens, size, float(eps), ACTIVATIONS[activation], codes, scale, rms)
+    return codes, scale, rms
+
+
+def dequantize(
+    products: Tensor, column: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """products * column / scale + bias + residual in `dtype`, see `fused.dequantize`."""
+    y = torch.empty(products.shape, dtype=dtype)
+    tokens, size = products.shape
+    bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    _call(f"dequantize_{_SUFFIX[dtype]}", products, column, scale, bias, residual, tokens, size, y)
+    return y
+
+
+def scale_gradient(grad: Tensor, column: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """grad * column and the transpose of grad / scale in `dtype`, see `fused.scale_gradient`."""
+    if grad.dtype == torch.bfloat16 and dtype == torch.float32:
+        grad = grad.float()
+    grad = grad.contiguous()
+    tokens, size = grad.shape
+    by_column, transposed = torch.empty(tokens, size, dtype=dtype), torch.empty(size, tokens, dtype=dtype)
+    name = f"scale_gradient_{_SUFFIX[grad.dtype]}_{_SUFFIX[dtype]}"
+    _call(name, grad, column, scale, tokens, size, by_column, transposed)
+    return by_column, transposed
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rms: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm(source(x)) for x and for the gain, see `fused.norm_backward`."""
+    if x.dtype == torch.bfloat16:
+        grad = grad.bfloat16()
+    x, grad = x.contiguous(), grad.contiguous()
+    tokens, size = grad.shape
+    grad_x, partial = torch.empty_like(x), torch.empty(ROW_BLOCKS, size)
+    name = f"norm_backward_{_SUFFIX[grad.dtype]}_{_SUFFIX[x.dtype]}"
+    _call(name, grad, x, weight, rms, tokens, size, ACTIVATIONS[activation], ROW_BLOCKS, grad_x, partial)
+    return grad_x, partial.sum(dim=0)
+
+
+class Window(NamedTuple):
+    """Where the queries of a block look.
+
+    starts: int64 `(queries,)`, the first position that each query sees; the last is its own.
+    position: of the first query in its row of tokens.
+    first: position of the first key.
+    """
+
+    starts: Tensor
+    position: int
+    first: int
+
+
+def softmax_(scores: Tensor, factor: float, window: Window) -> Tensor:
+    """Puts softmax(scores * factor) over what each query sees in the place of `(heads, groups * queries, keys)`.
+
+    Returns:
+        Its log-sum-exp, float32 `(heads, groups * queries)`.
+    """
+    heads, rows, keys = scores.shape
+    lse = torch.empty(heads, rows)
+    starts, position, first = window
+    name = f"softmax_{_SUFFIX[scores.dtype]}"
+    _call(name, scores, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
+    return lse
+
+
+def softmax_backward_(scores: Tensor, grad: Tensor, factor: float, window: Window, lse: Tensor) -> None:
+    """Puts the probabilities in the place of the scores, and the gradient of the unscaled scores in that of `grad`."""
+    heads, rows, keys = scores.shape
+    starts, position, first = window
+    name = f"softmax_backward_{_SUFFIX[scores.dtype]}"
+    _call(name, scores, grad, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of labels under logits `(rows, vocab)`, and the log-sum-exp, float32 `(rows,)` each.
+
+    Raises:
+        IndexError: a label is not in [0, vocab).
+    """
+    rows, vocab = logits.shape
+    if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
+        raise IndexError(f"labels are in [{labels.min()}, {labels.max()}], the head has {vocab} rows")
+    logps, lse = torch.empty(rows), torch.empty(rows)
+    _call(f"log_likelihood_{_SUFFIX[logits.dtype]}", logits, labels, rows, vocab, logps, lse)
+    return logps, lse
+
+
+def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> None:
+    """Puts softmax * p_factor - onehot * label_factor in the place of the logits; factors float32 `(rows,)`."""
+    rows, vocab = logits.shape
+    _call(f"likelihood_gradient_{_SUFFIX[logits.dtype]}", logits, labels, lse, p_factor, label_factor, rows, vocab)
+
+
+def absolute_sums(weight: Tensor, block: int) -> Tensor:
+    """sum |w| of every block of `block` float32 weights, float64."""
+    sums = torch.empty(-(-weight.numel() // block), dtype=torch.float64)
+    _call("absolute_sums", weight, weight.numel(), block, sums)
+    return sums
+
+
+def ternary_codes(weight: Tensor, half: float) -> Tensor:
+    """-1, 0 or 1 as int8: the comparison of float32 weights with -half and half."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    _call("ternary_codes", weight, float(half), weight.numel(), codes)
+    return codes

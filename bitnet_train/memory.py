@@ -1,0 +1,14 @@
+"""What is asked of the C library's allocator."""
+
+import ctypes.util
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
+    libc = ctypes.util.find_library("c")
+    if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
+        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,0 +1,278 @@
+"""Whole training steps (forward, backward, AdamW) of one decoder, its linear layers exchanged: tokens/s and memory.
+
+    python tools/benchmark_step.py                       # both default shapes, every contestant that can run here
+    python tools/benchmark_step.py --shapes 2560x2 --rounds 9 --contestants dense bitnet_train
+
+The contestants take turns, one step each per round, so that a noisy machine is noisy for all. A ratio is taken within a
+round against the dense twin (bf16 autocast, plain Linear) and reported as median and quartiles over the rounds.
+
+    matrix share  s = time of the dense twin's matrix products, by themselves, / time of its step
+    limit         1 / (1 - s / 6): int8 halves the forward product, one of three; two stay in bfloat16
+    activation    bytes kept for the backward pass per token: the slope between one and two rows of tokens
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_train.kernels import native
+from bitnet_train.losses.tokens import cross_entropy_sum
+from bitnet_train.memory import keep_freed_memory
+from bitnet_train.model.config import BitNetConfig
+from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.quant import bit_linear
+
+HEADS = {1024: (16, 4, 2816), 2560: (20, 5, 6912)}  # hidden size: heads, heads of keys and values, intermediate size
+
+
+class FakeQuantLinear(nn.Linear):
+    """The float path: the same function by dequantised weights and activations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return bit_linear(input, [self.weight], [self.bias])[0]
+
+
+@contextmanager
+def without_native() -> Iterator[None]:
+    """The passes between the products in torch, not in C++."""
+    available, native.available = native.available, lambda *tensors: False
+    try:
+        yield
+    finally:
+        native.available = available
+
+
+def replace_linears(model: BitNetForCausalLM, make: Callable[[nn.Linear], nn.Module]) -> BitNetForCausalLM:
+    """Puts `make(linear)` in the place of every linear layer of the decoder's blocks."""
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, make(child))
+    return model
+
+
+def auto_bit_linear(layer: nn.Linear) -> nn.Module:
+    """transformers' online quantisation."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    made = AutoBitLinear(layer.in_features, layer.out_features, bias=False, online_quant=True)
+    made.weight = layer.weight
+    module: nn.Module = made
+    return module
+
+
+def torchao_bitnet(model: BitNetForCausalLM) -> BitNetForCausalLM:
+    """torchao's prototype of BitNet training."""
+    from torchao import quantize_
+    from torchao.prototype.quantized_training import bitnet_training
+
+    quantize_(model.model.layers, bitnet_training())
+    return model
+
+
+def onebit_linears(model: BitNetForCausalLM) -> BitNetForCausalLM:
+    """onebitllms' Triton kernels."""
+    from onebitllms import replace_linear_with_bitnet_linear
+
+    model.model.layers = replace_linear_with_bitnet_linear(model.model.layers)
+    return model
+
+
+def compiled(model: BitNetForCausalLM) -> BitNetForCausalLM:
+    """torch.compile of every block."""
+    for layer in model.model.layers:
+        layer.compile()
+    return model
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to make the linear layers of the decoder."""
+
+    build: Callable[[BitNetConfig], BitNetForCausalLM]
+    needs: str | None = None
+    cuda_only: bool = False
+    native: bool = True
+
+
+def dense(config: BitNetConfig) -> BitNetForCausalLM:
+    """The dense twin."""
+    return BitNetForCausalLM(replace(config, quantize=False))
+
+
+def fake_quant(config: BitNetConfig) -> BitNetForCausalLM:
+    """The dense twin's graph with fake quantisation in every linear layer."""
+
+    def make(layer: nn.Linear) -> nn.Module:
+        made = FakeQuantLinear(layer.in_features, layer.out_features, bias=False)
+        made.weight = layer.weight
+        return made
+
+    return replace_linears(dense(config), make)
+
+
+CONTESTANTS = {
+    "dense": Contestant(dense),
+    "dense compiled": Contestant(lambda config: compiled(dense(config))),
+    "bitnet_train": Contestant(BitNetForCausalLM),
+    "bitnet_train without C++": Contestant(BitNetForCausalLM, native=False),
+    "bitnet_train compiled": Contestant(lambda config: compiled(BitNetForCausalLM(config))),
+    "fake quantisation": Contestant(fake_quant),
+    "transformers AutoBitLinear": Contestant(
+        lambda config: replace_linears(dense(config), auto_bit_linear), "transformers"
+    ),
+    "torchao": Contestant(lambda config: torchao_bitnet(dense(config)), needs="torchao"),
+    "onebitllms": Contestant(lambda config: onebit_linears(dense(config)), needs="onebitllms", cuda_only=True),
+}
+
+
+class Trainer:
+    """One contestant's model and optimizer, and its step."""
+
+    def __init__(self, contestant: Contestant, config: BitNetConfig, device: str) -> None:
+        torch.manual_seed(0)
+        self.device, self.native = device, contestant.native
+        self.model = contestant.build(config).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """The mean loss of rows of tokens `(rows, seq)`."""
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            hidden = self.model.model(ids)
+            return cross_entropy_sum(hidden, self.model.head_weight, ids) / ids.numel()
+
+    def step(self, ids: Tensor) -> float:
+        """Seconds of one training step."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        with nullcontext() if self.native else without_native():
+            self.loss(ids).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def kept_bytes(self, ids: Tensor) -> int:
+        """Bytes of everything that the graph of one loss keeps, parameters left out."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with nullcontext() if self.native else without_native(), hooks:
+            loss = self.loss(ids)  # keeps the graph alive, so that no address is used twice
+        del loss
+        return sum(kept.values())
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) -> float:
+    """Seconds of the dense twin's products of linear layers: forward, for the input, for the weight."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
+
+    def products() -> None:
+        for x, weight, grad in operands:
+            x @ weight.t()
+            grad @ weight
+            grad.t() @ x
+
+    operands = [
+        tuple(torch.randn(shape, device=device).bfloat16() for shape in ((tokens, k), (n, k), (tokens, n)))
+        for k, n in shapes
+    ]
+    times = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        products()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return config.num_hidden_layers * statistics.median(times[1:])
+
+
+def runnable(name: str, device: str) -> bool:
+    """Whether a contestant can run here."""
+    contestant = CONTESTANTS[name]
+    installed = contestant.needs is None or importlib.util.find_spec(contestant.needs) is not None
+    return installed and (device == "cuda" or not contestant.cuda_only)
+
+
+def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> None:
+    """Measures one shape and prints its table."""
+    hidden, layers = map(int, shape.split("x"))
+    heads, kv_heads, inner = HEADS[hidden]
+    config = BitNetConfig(arguments.vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True)
+    ids = torch.randint(arguments.vocab, (arguments.tokens // arguments.seq, arguments.seq), device=device)
+    trainers = {name: Trainer(CONTESTANTS[name], config, device) for name in arguments.contestants}
+    for trainer in trainers.values():
+        for _ in range(2):
+            trainer.step(ids)
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(arguments.rounds):
+        for name, trainer in trainers.items():
+            times[name].append(trainer.step(ids))
+    kept = {name: per_token_bytes(trainer, ids) for name, trainer in trainers.items()}
+    print_table(shape, ids.numel(), times, kept)
+    products = matrix_seconds(config, ids.numel(), device, arguments.rounds)
+    share = products / statistics.median(times["dense"])
+    print(f"matrix share of the dense step {share:.2f}, limit {1 / (1 - share / 6):.2f}\n", flush=True)
+
+
+def per_token_bytes(trainer: Trainer, ids: Tensor) -> float:
+    """Bytes kept per token, without what does not grow with the number of rows."""
+    row = ids[:1]
+    return (trainer.kept_bytes(torch.cat((row, row))) - trainer.kept_bytes(row)) / row.numel()
+
+
+def print_table(shape: str, tokens: int, times: dict[str, list[float]], kept: dict[str, float]) -> None:
+    """One line per contestant."""
+    print(f"{shape}, {tokens} tokens a step, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'':28}{'tokens/s':>10}{'ratio':>8}{'quartiles':>14}{'kB/token':>10}{'ratio':>8}")
+    for name, seconds in times.items():
+        ratios = [dense / own for dense, own in zip(times["dense"], seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rate = tokens / statistics.median(seconds)
+        spread, memory = f"{low:.2f}..{high:.2f}", kept[name] / 1e3
+        print(f"{name:28}{rate:10.0f}{middle:8.2f}{spread:>14}{memory:10.1f}{kept[name] / kept['dense']:8.2f}")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["1024x4", "2560x2"], help="hidden size x layers")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
+    parser.add_argument("--seq", type=int, default=512, help="tokens a row")
+    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary of the (dense) embedding and head")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that can run here")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.contestants = arguments.contestants or [name for name in CONTESTANTS if runnable(name, device)]
+    keep_freed_memory()
+    for shape in arguments.shapes:
+        benchmark(shape, arguments, device)
+
+
+if __name__ == "__main__":
+    main()

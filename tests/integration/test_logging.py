@@ -9,7 +9,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from tests.runs import Train, metrics, trainer_in
-from tests.support import ROOT, TINY_OVERRIDES, python, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import TINY_OVERRIDES, text_rows, tiny_tokenizer, write_jsonl
 
 RUN = [
     "+recipe=quickstart-pretrain",

@@ -66,6 +66,7 @@ class RunConfig:
     max_epochs: float | None
     global_batch_size: int
     micro_batch_size: int
+    quantization_warmup_steps: int
     checkpoint_every: int
     keep_last: int
     log_every: int
@@ -81,6 +82,8 @@ class RunConfig:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if (self.max_steps, self.max_tokens, self.max_epochs) == (None, None, None):
             raise UserError("set max_steps, max_tokens or max_epochs: the run has no end")
+        if self.quantization_warmup_steps < 0:
+            raise UserError(f"quantization_warmup_steps must be at least 0, got {self.quantization_warmup_steps}")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
         if self.health_every < 0:

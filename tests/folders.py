@@ -19,6 +19,9 @@ LLAMA_3_SPLIT = (
 )
 TEXT = "It's a small text about small things: the small cat sat on the small mat, 12345 times. " * 3
 
+_ANIMALS = ("cat", "dog", "fox", "owl", "hen", "ant", "bee", "cow", "pig", "rat")
+_STEPS = 30
+
 LINEARS = 14  # the ternary matrices of the model below: two layers of seven
 CODES = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)  # their weights
 
@@ -58,7 +61,10 @@ def random_model(config: BitNetConfig) -> BitNetForCausalLM:
 
 
 def write_master(
-    folder: Path, fields: Mapping[str, int | str | bool] | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    fields: Mapping[str, int | str | bool] | None = None,
+    dtype: torch.dtype = torch.float32,
+    with_tokenizer: bool = True,
 ) -> BitNetForCausalLM:
     """A folder of random masters with a tokenizer; `fields` change the tiny configuration. Returns the model."""
     tiny = {
@@ -90,8 +96,27 @@ def write_master(
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder)
+    if with_tokenizer:
+        write_tokenizer(folder)
     return model
+
+
+def write_trained(folder: Path, fields: Mapping[str, int | str | bool]) -> list[str]:
+    """A folder of masters that know ten texts by heart, and the texts: the next token is decided, not nearly a tie."""
+    model = write_master(folder, fields)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [f"The {animal} number {n} sat on mat {n * n}. " * 3 for n, animal in enumerate(_ANIMALS, 11)]
+    rows = [[tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+    ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(_STEPS):
+        loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return texts
 
 
 def edit_config(folder: Path, **fields: object) -> None:

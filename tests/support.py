@@ -71,7 +71,7 @@ def preference_rows(count: int) -> list[dict[str, object]]:
 
 def store_of(ids: Sequence[Sequence[int]], trained: Sequence[Sequence[bool]] | bool = True) -> TokenStore:
     """A store in memory of sequences that come from a row each."""
-    flags = [trained] * len(ids) if isinstance(trained, bool) else trained
+    flags: Sequence[Sequence[bool] | bool] = [trained] * len(ids) if isinstance(trained, bool) else trained
     tokens = np.concatenate([sequence(i, t) for i, t in zip(ids, flags, strict=True)])
     ends = np.cumsum([len(i) for i in ids])
     return TokenStore(tokens, ends, np.arange(len(ids)), Counts(len(ids), len(tokens)))

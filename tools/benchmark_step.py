@@ -26,7 +26,7 @@ from bitnet_train.kernels import native
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
-from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.decoder import BitNetDecoderLayer, BitNetForCausalLM
 from bitnet_train.quant import bit_linear
 
 HEADS = {1024: (16, 4, 2816), 2560: (20, 5, 6912)}  # hidden size: heads, heads of keys and values, intermediate size
@@ -53,6 +53,7 @@ def without_native() -> Iterator[None]:
 def replace_linears(model: BitNetForCausalLM, make: Callable[[nn.Linear], nn.Module]) -> BitNetForCausalLM:
     """Puts `make(linear)` in the place of every linear layer of the decoder's blocks."""
     for layer in model.model.layers:
+        assert isinstance(layer, BitNetDecoderLayer)
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):

@@ -60,7 +60,7 @@ def exported(target: Path, **how: Any) -> ExportResult:
     if target.exists() and not (verification := verify(source, target)).mismatches:
         size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         return ExportResult(target, size, (), verification)
-    return export(source, target, check=True, force=True, **how)
+    return export(source, target, force=True, **how)
 
 
 def events(stage: str) -> list[Metrics]:

@@ -49,6 +49,21 @@ class Items:
     def __len__(self) -> int:
         return len(self.number)
 
+    @property
+    def dropped(self) -> int:
+        """Items of the stores that are not among these."""
+        return sum(len(store) // self.width - len(kept) for store, kept in self._kept())
+
+    @property
+    def truncated(self) -> int:
+        """Items of which a sequence is cut, each counted once."""
+        longest = (store.lengths().reshape(-1, self.width).max(axis=1)[kept] for store, kept in self._kept())
+        return sum(int((lengths > self.capacity).sum()) for lengths in longest)
+
+    def _kept(self) -> list[tuple[TokenStore, np.ndarray]]:
+        """Every store with the numbers of its items among these, once each."""
+        return [(store, np.unique(self.number[self.source == source])) for source, store in enumerate(self.stores)]
+
     def sequence(self, item: int, which: int = 0) -> np.ndarray:
         """One of the item's sequences, uint32 `(length,)`."""
         store = self.stores[self.source[item]]

@@ -3,8 +3,8 @@
     explicit    {"prompt", "chosen", "rejected"}      chosen and rejected may repeat the prompt
     implicit    {"chosen", "rejected"}                the prompt is what both begin with
 
-Each is a string, a message or a list of messages; the prompt may also be called "conversations" (ShareGPT). Strings in the form of Anthropic's transcripts,
-"\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
+Each is a string, a message or a list of messages; the prompt may also be called "conversations" (ShareGPT). Strings in
+the form of Anthropic's transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
 """
 
 import re

@@ -22,6 +22,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from bitnet_train.data.chat import BITNET_CHAT_TEMPLATE
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 
@@ -77,12 +79,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja; or a GGUF file.
 
         Raises:
             UserError: no tokenizer.json, or a file that cannot be read.
         """
         folder = Path(path)
+        if folder.is_file():
+            stored = GGUFTokenizer(folder, GGUFFile(folder).metadata)
+            return cls(tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json)), stored.tokenizer_config)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json; name a folder that has one, as save_pretrained writes it")
         try:
@@ -130,7 +135,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def _encode_plain(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

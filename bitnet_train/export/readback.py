@@ -13,13 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitnet_train.export.source import ModelFolder, Weights, located
+from bitnet_train.export.source import Source, open_source
 from bitnet_train.formats.gguf_bitnet import gguf_name
-from bitnet_train.formats.gguf_blocks import GGMLType, unpack_float, unpack_i2_s
-from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_blocks import FLOAT_TYPES, GGMLType
+from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights
 from bitnet_train.quant import TernaryWeight
 
-_NO_CODE = 2  # stands for a stored value that is neither 0 nor plus or minus the scale
+_SCALE_TYPES = FLOAT_TYPES | {
+    GGMLType.I2_S: torch.float32,
+    GGMLType.TQ1_0: torch.float16,
+    GGMLType.TQ2_0: torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -38,63 +42,51 @@ class Verification:
         return f"not verified: {counts}, in {len(self.mismatches)} tensors, first {self.mismatches[0]}"
 
 
-@dataclass(frozen=True)
-class GGUFWeights:
-    """The `Weights` of a GGUF file."""
-
-    file: GGUFFile
-
-    def ternary(self, name: str) -> TernaryWeight:
-        """Codes and scale; of a float tensor the sign, and the largest magnitude."""
-        if self.file.kind(gguf_name(name)) != GGMLType.I2_S:
-            values = self.dense(name)
-            scale = values.abs().max()
-            codes = torch.where((values == 0) | (values.abs() == scale), values.sign(), _NO_CODE)
-            return TernaryWeight(codes.to(torch.int8), scale)
-        with located(self.file.path, name):
-            codes, g = unpack_i2_s(self.file.read(gguf_name(name)), self.file.tensors[gguf_name(name)].shape)
-        return TernaryWeight(codes, torch.tensor(g))
-
-    def dense(self, name: str) -> Tensor:
-        """A float tensor in its stored dtype."""
-        kind, shape = self.file.kind(gguf_name(name)), self.file.tensors[gguf_name(name)].shape
-        return unpack_float(self.file.read(gguf_name(name)), kind, shape)
-
-
 def verify(source: Path, written: Path) -> Verification:
-    """Compares an export, a GGUF file or a folder, with the run directory or folder that it was made of.
+    """Compares an export, a GGUF file or a folder, with the model that it was made of.
 
     Raises:
         UserError: one of the two cannot be read.
     """
-    model = ModelFolder.open(source)
-    return compare(model, ModelFolder.open(written) if written.is_dir() else GGUFWeights(GGUFFile(written)))
+    return compare(open_source(source), open_source(written))
 
 
-def compare(trained: ModelFolder, written: Weights) -> Verification:
+def compare(trained: Source, written: Source) -> Verification:
     """Compares every tensor of a model; see the module's text for what is equal."""
-    ternary = dict.fromkeys(trained.ternary_names)
-    differ = {name: _difference(trained, written, name, name in ternary) for name in trained.shapes}
+    differ = {name: _difference(trained, written, name) for name in trained.shapes}
     mismatches = tuple(name for name, count in differ.items() if count)
-    codes = sum(prod(trained.shapes[name]) for name in ternary)
-    return Verification(len(ternary), codes, sum(differ.values()), mismatches)
+    codes = sum(prod(trained.shapes[name]) for name in trained.ternary_names)
+    return Verification(len(trained.ternary_names), codes, sum(differ.values()), mismatches)
 
 
-def _difference(trained: Weights, written: Weights, name: str, ternary: bool) -> int:
+def _difference(trained: Source, written: Source, name: str) -> int:
     """How many numbers of a tensor differ; the scale is one of them."""
-    if not ternary:
-        return _differing(trained.dense(name), written.dense(name))
-    expected, found = trained.ternary(name), written.ternary(name)
-    return _differing(expected.codes, found.codes) + _scale_differs(expected, found)
+    if trained.shapes[name] != written.shapes.get(name):
+        return prod(trained.shapes[name])
+    if name not in trained.ternary_names:
+        parts = zip(trained.weights.parts(name), written.weights.parts(name), strict=True)
+        return sum(_differing(expected, found) for expected, found in parts)
+    expected, found = trained.weights.ternary(name), written.weights.ternary(name)
+    return _differing(expected.codes, found.codes) + _scale_differs(written.weights, name, expected.scale, found)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
-    if expected.shape != found.shape:
-        return max(expected.numel(), found.numel())
     rounded = expected.to(found.dtype)
     return 0 if torch.equal(rounded, found) else int((rounded != found).sum())
 
 
-def _scale_differs(expected: TernaryWeight, found: TernaryWeight) -> int:
+def _scale_differs(written: Weights, name: str, expected: Tensor, found: TernaryWeight) -> int:
     """0 or 1; a matrix of zeros has no scale that could be read back from floats, and needs none."""
-    return _differing(expected.scale, found.scale) if found.codes.any() else 0
+    return _differing(_as_stored(written, name, expected), found.scale) if found.codes.any() else 0
+
+
+def _as_stored(written: Weights, name: str, scale: Tensor) -> Tensor:
+    """The scale rounded as the file rounds it, float32."""
+    if isinstance(written, GGUFWeights):
+        return scale.to(_SCALE_TYPES[written.file.kind(gguf_name(name))]).float()
+    if not isinstance(written, FolderWeights) or written.kind != "packed":
+        return scale
+    dtype = written.dtype(f"{name}_scale")
+    if written.folder.inverse_scale:
+        return scale.reciprocal().to(dtype).float().reciprocal()
+    return scale.to(dtype).float()

@@ -1,127 +1,122 @@
-"""What is exported: the tensors of a model folder, master or packed, checked against the model in its config.json."""
+"""What is exported: a stored model of any kind, checked against its configuration before anything is written.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+a run directory                        its result, model/
+a checkpoint of a run (step-000100)    the masters of that step
+an HF folder                           masters, or packed codes of either class; --quantize takes a dense one
+a GGUF file                            codes and scales, and the tokenizer
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import CONFIG, HFFolder, Kind, folder_kind
-from bitnet_train.formats.packing import packed_shape, unpack_ternary
+from bitnet_train.export.checkpoint import STATE, CheckpointWeights
+from bitnet_train.formats.gguf_bitnet import gguf_name
+from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
+from bitnet_train.formats.hf_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    HFFolder,
+    folder_kind,
+    quantization_config,
+    read_json,
+)
+from bitnet_train.formats.model_card import licence_of
+from bitnet_train.formats.packing import packed_shape
 from bitnet_train.formats.tokenizer_files import TokenizerFiles
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.quant import TernaryWeight, quantize_weight
+from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, located
 
 
-class Weights(Protocol):
-    """The tensors of a model, by the names that transformers has for them."""
+class SourceTokenizer(Protocol):
+    """What an export takes from a tokenizer, whether files or the keys of a GGUF file hold it."""
 
-    def ternary(self, name: str) -> TernaryWeight:
-        """Codes `(out, in)` of a matrix, and its scale in the dtype in which it is stored."""
-
-    def dense(self, name: str) -> Tensor:
-        """Any other tensor, in its stored dtype."""
-
-
-@contextmanager
-def located(path: Path, name: str) -> Iterator[None]:
-    """Puts file and tensor in front of a ValueError of the formats, which know neither."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: {name}: {error}") from None
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    def check(self) -> None: ...
+    def generation_ids(self) -> dict[str, int | list[int]]: ...
+    def gguf_metadata(self) -> dict[str, object]: ...
+    def write(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
-class ModelFolder:
-    """The `Weights` of an HF folder of kind "master" or "packed"."""
+class Source:
+    """A stored model, open for export.
 
-    folder: HFFolder
-    kind: Kind
+    Attributes:
+        path: the folder, checkpoint or file that holds it.
+        kind: "master": float weights; "ternary": codes and scales.
+        config: the model that config.json describes.
+        config_json: config.json, as it is or as it would be.
+        shapes_found: the shapes of the stored tensors, by the names that transformers has for them.
+        name: what to call the model.
+        run_dir: the directory of the run that made it, where that is known.
+        licence: its SPDX identifier, where that is known.
+    """
 
-    @classmethod
-    def open(cls, source: Path) -> "ModelFolder":
-        """Opens a run directory or an HF folder.
-
-        Raises:
-            UserError: it holds no BitNet model, or a tensor is missing, unknown or of the wrong shape.
-        """
-        path = source / "model" if (source / "model" / CONFIG).is_file() else source
-        kind = folder_kind(path)
-        if kind == "none":
-            raise UserError(
-                f"{source}: must be a finished run's directory or a model folder, has no {CONFIG} or model/{CONFIG}"
-            )
-        model = cls(HFFolder(path), kind)
-        model._check()
-        return model
-
-    @property
-    def path(self) -> Path:
-        """The folder with config.json."""
-        return self.folder.path
-
-    @cached_property
-    def config(self) -> BitNetConfig:
-        """The model that config.json describes."""
-        try:
-            return BitNetConfig.from_json(self.folder.config)
-        except TypeError as error:
-            raise UserError(f"{self.path / CONFIG}: a field has the wrong type ({error}); write it again") from None
-
-    @cached_property
-    def tokenizer(self) -> TokenizerFiles:
-        """The tokenizer beside the weights."""
-        return TokenizerFiles(self.path, {**asdict(self.config), **self.folder.config})
+    path: Path
+    kind: Literal["master", "ternary"]
+    config: BitNetConfig
+    config_json: Mapping[str, Any]
+    weights: Weights
+    tokenizer: SourceTokenizer
+    shapes_found: Mapping[str, tuple[int, ...]]
+    name: str
+    run_dir: Path | None = None
+    licence: str | None = None
 
     @cached_property
     def _skeleton(self) -> BitNetForCausalLM:
-        with torch.device("meta"):
-            return BitNetForCausalLM(self.config)
+        return _skeleton(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the model, codes unpacked."""
-        return {name: tuple(tensor.shape) for name, tensor in self._skeleton.state_dict().items()}
+        return _shapes(self._skeleton)
 
     @cached_property
-    def ternary_names(self) -> list[str]:
-        """The weights that are ternary: one of each BitLinear."""
+    def ternary_names(self) -> dict[str, None]:
+        """The weights that are ternary, one of each BitLinear, as an ordered set."""
         modules = self._skeleton.named_modules()
-        return [f"{name}.weight" for name, module in modules if isinstance(module, BitLinear)]
+        return dict.fromkeys(f"{name}.weight" for name, module in modules if isinstance(module, BitLinear))
 
-    def ternary(self, name: str) -> TernaryWeight:
-        """Codes and scale: of a master quantised now, in float32; of a packed folder as stored."""
-        if self.kind == "master":
-            return quantize_weight(self.dense(name))
-        with located(self.path, name):
-            return TernaryWeight(unpack_ternary(self.folder.load(name)), self.dense(f"{name}_scale").reshape(()))
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, with every stop id."""
+        path = self.path / GENERATION_CONFIG
+        return (read_json(path) if path.is_file() else {}) | self.tokenizer.generation_ids()
 
-    def dense(self, name: str) -> Tensor:
-        """A float tensor as stored.
+    def check(self) -> None:
+        """Refuses tensors that are missing, unknown or of another shape, and a tokenizer that does not fit."""
+        expected, found = self._expected_shapes(), dict(self.shapes_found)
+        if self.config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)  # some writers store the shared matrix twice
+        for problem, names in {"missing": expected.keys() - found, "unknown": found.keys() - expected}.items():
+            if names:
+                raise UserError(
+                    f"{self.path}: the tensors must be those of the model in {CONFIG}, got {len(names)} {problem}, "
+                    f"such as {min(names)}; copy the folder again"
+                )
+        for name, shape in expected.items():
+            if found[name] != shape:
+                raise UserError(
+                    f"{self.path}: {name}: shape must be {shape} by {CONFIG}, got {found[name]}; mend either"
+                )
+        self.tokenizer.check()
 
-        Raises:
-            UserError: a value is NaN or infinite.
-        """
-        tensor = self.folder.load(name)
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            bad = int(tensor.isfinite().logical_not().sum())
-            raise UserError(
-                f"{self.path}: {name}: every value must be finite, got {bad} that are not; give an older model"
-            )
-        return tensor
-
-    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        if self.kind == "master":
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.kind == "master" or not isinstance(self.weights, FolderWeights):
             return self.shapes
         stored = dict(self.shapes)
         for name in self.ternary_names:
@@ -129,24 +124,109 @@ class ModelFolder:
                 stored |= {name: packed_shape(self.shapes[name]), f"{name}_scale": (1,)}
         return stored
 
-    def _check(self) -> None:
-        config = self.config  # first, so that another architecture is called by its name
-        if self.kind == "dense":
-            raise UserError(
-                f"{self.path / CONFIG}: quantization_config must be there, got none: a dense model has no codes"
-            )
-        expected, found = self._stored_shapes(), set(self.folder.files)
-        if config.tie_word_embeddings:
-            found.discard("lm_head.weight")  # some writers store the shared matrix twice
-        for problem, names in {"missing": expected.keys() - found, "unknown": found - expected.keys()}.items():
-            if names:
-                raise UserError(
-                    f"{self.path}: the tensors must be those of the model in {CONFIG}, got {len(names)} {problem}, "
-                    f"such as {min(names)}; copy the folder again"
-                )
-        for name, shape in expected.items():
-            if self.folder.shape(name) != shape:
-                found_shape = self.folder.shape(name)
-                raise UserError(
-                    f"{self.path}: {name}: shape must be {shape} by {CONFIG}, got {found_shape}; mend either"
-                )
+
+def open_source(path: Path, *, quantize: bool = False, tokenizer: Path | None = None) -> Source:
+    """Opens a stored model; see the module's text.
+
+    Args:
+        path: where it is.
+        quantize: takes a dense folder's weights for masters.
+        tokenizer: a folder with tokenizer.json, in place of the model's own.
+
+    Raises:
+        UserError: there is no BitNet model, or its parts do not fit together.
+    """
+    if path.is_file():
+        source = _gguf(path)
+    elif (path / STATE).is_file():
+        source = _checkpoint(path)
+    else:
+        source = _folder(path, quantize)
+    if tokenizer is not None:
+        source = _with_tokenizer(source, tokenizer)
+    source.check()
+    return source
+
+
+def _folder(source: Path, quantize: bool) -> Source:
+    path = source / "model" if (source / "model" / CONFIG).is_file() else source
+    if not (path / CONFIG).is_file():
+        raise UserError(
+            f"{source}: must be a finished run's directory, a model folder, a checkpoint or a GGUF file, has no "
+            f"{CONFIG} or model/{CONFIG}"
+        )
+    folder = HFFolder(path)
+    online = {"quantization_config": quantization_config("autobitlinear", "online")}
+    config = _config(path, {**folder.config, **online})  # first, so that another architecture is called by its name
+    kind = folder_kind(path)
+    if kind == "dense" and not quantize:
+        raise UserError(
+            f"{path / CONFIG}: quantization_config must be there, got none: a dense model has no codes; --quantize "
+            "takes its weights for masters"
+        )
+    config_json = folder.config | (online if kind == "dense" else {})
+    shapes = {name: folder.shape(name) for name in folder.files}
+    tokenizer = TokenizerFiles(path, {**asdict(config), **config_json})
+    weights = FolderWeights(folder, kind)
+    run_dir = path.resolve().parent if path.name == "model" else None
+    return Source(
+        path,
+        "ternary" if kind == "packed" else "master",
+        config,
+        config_json,
+        weights,
+        tokenizer,
+        shapes,
+        name=(run_dir or path.resolve()).name,
+        run_dir=run_dir,
+        licence=licence_of(path),
+    )
+
+
+def _gguf(path: Path) -> Source:
+    file = GGUFFile(path)
+    config_json = gguf_config(file)
+    config = _config(path, config_json)
+    names = {gguf_name(name): name for name in _shapes(_skeleton(config))}
+    shapes = {names.get(stored, stored): info.shape for stored, info in file.tensors.items()}
+    tokenizer = GGUFTokenizer(path, file.metadata)
+    name = str(file.metadata.get("general.name", path.stem))
+    found = file.metadata.get("general.license")
+    licence = found if isinstance(found, str) else None
+    weights = GGUFWeights(file)
+    return Source(path, "ternary", config, config_json, weights, tokenizer, shapes, name, licence=licence)
+
+
+def _checkpoint(path: Path) -> Source:
+    path = path.resolve()  # checkpoints/last is a link
+    weights = CheckpointWeights(path / STATE)
+    config_json = json.loads(weights.identity["model"])
+    run_dir = path.parent.parent
+    tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config_json["vocab_size"]})
+    config = _config(path, config_json)
+    return Source(path, "master", config, config_json, weights, tokenizer, weights.shapes, run_dir.name, run_dir)
+
+
+def _with_tokenizer(source: Source, folder: Path) -> Source:
+    """The same model with another tokenizer, whose ids replace those of config.json."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {folder}: must be a folder with tokenizer.json, has none")
+    config_json = {key: value for key, value in source.config_json.items() if not key.endswith("_token_id")}
+    return replace(source, config_json=config_json, tokenizer=TokenizerFiles(folder, asdict(source.config)))
+
+
+def _config(path: Path, config_json: Mapping[str, Any]) -> BitNetConfig:
+    try:
+        return BitNetConfig.from_json(config_json)
+    except TypeError as error:
+        raise UserError(f"{path / CONFIG}: a field has the wrong type ({error}); write it again") from None
+
+
+def _skeleton(config: BitNetConfig) -> BitNetForCausalLM:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return BitNetForCausalLM(config)
+
+
+def _shapes(model: BitNetForCausalLM) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

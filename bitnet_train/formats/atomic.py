@@ -20,11 +20,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 @contextmanager
@@ -38,12 +38,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
+            fsync(file)
+        fsync(temporary)
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _temporary(target: Path) -> Path:
@@ -62,7 +62,8 @@ def _replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Puts the content of a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,22 +1,29 @@
-"""The GGUF architecture `bitnet-b1.58`: the names of its tensors and keys.
+"""The two GGUF architectures of BitNet: the names of their tensors and keys, both ways.
+
+    hidden_act   architecture    read by
+    relu2        bitnet-b1.58    bitnet.cpp, ik_llama.cpp
+    silu         bitnet          llama.cpp, ik_llama.cpp, bitnet.cpp
 
     model.layers.N.self_attn.q_proj.weight  ->  blk.N.attn_q.weight        and so on, see the tables
     model.embed_tokens.weight               ->  token_embd.weight
     lm_head.weight                          ->  output.weight              absent where the embedding serves as head
 
-The graph behind the name is fixed: relu^2 gated feed-forward with its sub-norm, NEOX rotary order (so q and k are not
-permuted), no biases. bitnet.cpp multiplies with token_embd for the logits even where output.weight exists; ik_llama.cpp
-reads output.weight.
+The graph behind a name is fixed: gated feed-forward with that activation and a sub-norm, NEOX rotary order (so q and k
+are not permuted), no biases, no frequency factors. llama.cpp takes relu^2 weights under the name `bitnet` and computes
+SiLU without a word. bitnet.cpp, and llama.cpp for `bitnet`, multiply with token_embd for the logits even where
+output.weight exists; ik_llama.cpp reads output.weight.
 
-Source: `build_bitnet_158` in Eddie-Wang1120/llama.cpp at 1f86f058 (the submodule of microsoft/BitNet at 01eb4157),
-src/llama.cpp, and in ikawrakow/ik_llama.cpp, src/graphs/build_bitnet.cpp; PR ik_llama.cpp#338 on the head.
+Source: `build_bitnet_158` in Eddie-Wang1120/llama.cpp at 1f86f058 (the submodule of microsoft/BitNet at 01eb4157);
+src/models/bitnet.cpp in llama.cpp; src/graphs/build_bitnet.cpp in ik_llama.cpp, and its PR 338 on the head.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-ARCHITECTURE = "bitnet-b1.58"
+import numpy as np
+
+ARCHITECTURES = {"relu2": "bitnet-b1.58", "silu": "bitnet"}
 
 _LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
@@ -44,6 +51,10 @@ _KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+_ROPE_SCALING = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
+_ROPE_KEYS = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+_FLOATS = ("rope_theta", "rms_norm_eps", "factor")  # float32 in a file, also where config.json has 500000
+_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}  # what the graphs compute with, beside an attention factor by yarn
 
 
 def gguf_name(name: str) -> str:
@@ -53,19 +64,85 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer[1]}.{_LAYER_TENSORS[layer[2]]}.weight" if layer else f"{_OTHER_TENSORS[stem]}.weight"
 
 
-def model_metadata(name: str, config: Mapping[str, Any], file_type: int) -> dict[str, object]:
-    """The general.* and bitnet-b1.58.* keys.
+def model_metadata(
+    name: str, config: Mapping[str, Any], file_type: int, licence: str | None = None
+) -> dict[str, object]:
+    """The general.* keys and those of the architecture.
 
     Args:
         name: the model's name, for people.
         config: the fields of the model's configuration, named as in config.json.
         file_type: general.file_type: llama.cpp's number for "most matrices have this type".
+        licence: its SPDX identifier, in lower case.
+
+    Raises:
+        ValueError: the rotary embedding is scaled in a way that the graphs do not compute.
     """
-    head_size = config["hidden_size"] // config["num_attention_heads"]
+    architecture = ARCHITECTURES[config["hidden_act"]]
+    keys = {
+        "rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
+        **{key: _typed(field, config[field]) for key, field in _KEYS.items()},
+        **_rope_keys(config.get("rope_scaling") or config.get("rope_parameters") or {}),
+    }
     return {
         "general.name": name,
         "general.file_type": file_type,
         "general.quantization_version": 2,
-        f"{ARCHITECTURE}.rope.dimension_count": head_size,
-        **{f"{ARCHITECTURE}.{key}": config[field] for key, field in _KEYS.items()},
+        **({"general.license": licence} if licence else {}),
+        **{f"{architecture}.{key}": value for key, value in keys.items()},
     }
+
+
+def _typed(field: str, value: Any) -> float | int:
+    return float(value) if field in _FLOATS else int(value)
+
+
+def _rope_keys(rope: Mapping[str, Any]) -> dict[str, object]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    others = {key: rope[key] for key, value in _ROPE_DEFAULTS.items() if rope.get(key) not in (None, value)}
+    if kind not in _ROPE_SCALING or others or rope.get("attention_factor") is not None:
+        raise ValueError(
+            f"rope scaling must be linear, or yarn with the paper's constants, for GGUF's graphs, got {dict(rope)}"
+        )
+    fields = {key: _typed(field, rope[field]) for field, key in _ROPE_KEYS.items() if field in _ROPE_SCALING[kind]}
+    return {"rope.scaling.type": kind, **{f"rope.scaling.{key}": value for key, value in fields.items()}}
+
+
+def config_json(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """config.json of the model in a GGUF file: the inverse of `model_metadata`.
+
+    Args:
+        metadata: the file's keys.
+        tied: whether the embedding serves as head, which no key says.
+
+    Raises:
+        ValueError: the architecture is no BitNet, or a key is missing.
+    """
+    architecture = metadata.get("general.architecture")
+    activations = {name: hidden_act for hidden_act, name in ARCHITECTURES.items()}
+    if architecture not in activations:
+        raise ValueError(f"general.architecture must be one of {', '.join(activations)}, got {architecture!r}")
+    missing = [key for key in _KEYS if f"{architecture}.{key}" not in metadata]
+    if missing:
+        raise ValueError(f"key {architecture}.{missing[0]} must be there, got {len(metadata)} others")
+    values = {field: _shortest(metadata[f"{architecture}.{key}"]) for key, field in _KEYS.items()}
+    scaling = {"rope_type": metadata.get(f"{architecture}.rope.scaling.type", "none")}
+    for field, key in _ROPE_KEYS.items():
+        if (value := metadata.get(f"{architecture}.rope.scaling.{key}")) is not None:
+            scaling[field] = _shortest(value)
+    return {
+        "architectures": ["BitNetForCausalLM"],
+        "model_type": "bitnet",
+        "hidden_act": activations[architecture],
+        **values,
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        **({"rope_scaling": scaling} if scaling["rope_type"] != "none" else {}),
+    }
+
+
+def _shortest(value: float | int) -> float | int:
+    """A float32 as the shortest decimal that reads back to it: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -14,12 +14,11 @@ All numbers are little endian. The reader shares nothing with the writer, for an
 library's own reader refuses type 36. Source: ggml, docs/gguf.md.
 """
 
-import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -27,6 +26,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
+from bitnet_train.formats.parts import ahead
 
 _ALIGNMENT = 32
 _VERSION = 3
@@ -35,17 +35,17 @@ _STRING, _ARRAY = 8, 9
 
 
 class LazyBlocks(NamedTuple):
-    """A tensor that is to be written: `load` makes its bytes when its turn has come; `shape` is `(out, in)`."""
+    """A tensor that is to be written: `parts` makes its bytes, in order, when its turn has come; shape `(out, in)`."""
 
     kind: GGMLType
     shape: tuple[int, ...]
-    load: Callable[[], bytes]
+    parts: Callable[[], Iterable[bytes]]
 
 
 def write_gguf(
     path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
 ) -> None:
-    """Writes a GGUF file with one tensor in memory at a time; `path` appears when it is whole.
+    """Writes a GGUF file with two parts of a tensor in memory at a time; `path` appears when it is whole.
 
     Args:
         path: the file, replaced if it exists.
@@ -54,21 +54,41 @@ def write_gguf(
         tensors: the tensors by name, in the order of the file.
     """
     with atomic_file(path) as temporary:
-        writer = GGUFWriter(temporary, architecture)
-        try:
-            for key, value in metadata.items():
-                _add(writer, key, value)
-            for name, (kind, shape, _) in tensors.items():
-                # int8 keeps the library from deriving a shape from the bytes, which it cannot do for type 36
-                number = cast(GGMLQuantizationType, int(kind))
-                writer.add_tensor_info(name, shape, np.dtype(np.int8), tensor_bytes(kind, shape), raw_dtype=number)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in tensors.values():
-                writer.write_tensor_data(np.frombuffer(tensor.load(), dtype=np.int8))
-        finally:
-            writer.close()
+        _write_header(temporary, architecture, metadata, tensors)
+        with temporary.open("ab") as file:
+            _pad(file)
+            for part in ahead(_tensor_data(tensors.values())):
+                file.write(part)
+
+
+def _write_header(
+    path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
+) -> None:
+    """All that comes before the tensor data."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for name, (kind, shape, _) in tensors.items():
+        # int8 keeps the library from deriving a shape from the bytes, which it cannot do for type 36
+        number = cast(GGMLQuantizationType, int(kind))
+        writer.add_tensor_info(name, shape, np.dtype(np.int8), tensor_bytes(kind, shape), raw_dtype=number)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _tensor_data(tensors: Iterable[LazyBlocks]) -> Iterator[bytes]:
+    """The bytes of every tensor, each padded to the alignment."""
+    for kind, shape, parts in tensors:
+        yield from parts()
+        yield bytes(-tensor_bytes(kind, shape) % _ALIGNMENT)
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % _ALIGNMENT))
 
 
 def _add(writer: GGUFWriter, key: str, value: object) -> None:
@@ -95,7 +115,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """A GGUF file, mapped into memory: `metadata` by key, `tensors` by name.
+    """A GGUF file: `metadata` by key, `tensors` by name; a tensor is read when it is asked for.
 
     Raises:
         UserError: the file is missing, no GGUF file of version 3, or cut off.
@@ -105,11 +125,9 @@ class GGUFFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
-        try:
-            self.metadata, self.tensors = _Parser(self._data).parse()
+                self.metadata, self.tensors = _Parser(file, path.stat().st_size).parse()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{path}: must be a whole GGUF file of version {_VERSION}: {error}; write it again"
@@ -131,26 +149,29 @@ class GGUFFile:
                 f"{self.path}: {name}: type must be one of {known}, got {self.tensors[name].kind}"
             ) from None
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a tensor.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes of a tensor, or those from `start` to `stop`.
 
         Raises:
             UserError: there is no such tensor, its type is unknown here, or the file ends before it does.
         """
         size = tensor_bytes(self.kind(name), self.tensors[name].shape)
-        start = self.tensors[name].offset
-        if start + size > len(self._data):
+        end = self.tensors[name].offset + size
+        if end > self.path.stat().st_size:
             raise UserError(
-                f"{self.path}: {name}: must end by byte {len(self._data)}, got {start + size}; the file is cut off"
+                f"{self.path}: {name}: must end by byte {self.path.stat().st_size}, got {end}; the file is cut off"
             )
-        return self._data[start : start + size]
+        stop = size if stop is None else min(stop, size)
+        with self.path.open("rb") as file:
+            file.seek(self.tensors[name].offset + start)
+            return file.read(stop - start)
 
 
 class _Parser:
     """Reads the parts of a GGUF file before the tensor data, in order."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.position = data, 0
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
 
     def parse(self) -> tuple[dict[str, object], dict[str, TensorInfo]]:
         magic, version = self._take(4), self._integer("I")
@@ -160,14 +181,14 @@ class _Parser:
         metadata = {self._string(): self._value(self._integer("I")) for _ in range(pair_count)}
         infos = dict(self._tensor_info() for _ in range(tensor_count))
         alignment = cast(int, metadata.get("general.alignment", _ALIGNMENT))
-        base = -(-self.position // alignment) * alignment
+        base = -(-self.file.tell() // alignment) * alignment
         return metadata, {name: TensorInfo(i.shape, i.kind, base + i.offset) for name, i in infos.items()}
 
     def _take(self, size: int) -> bytes:
-        self.position += size
-        if self.position > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data)}, before byte {self.position} of its header")
-        return self.data[self.position - size : self.position]
+        data = self.file.read(size) if size <= self.size else b""
+        if len(data) < size:
+            raise ValueError(f"it ends at byte {self.size}, within its header")
+        return data
 
     def _integer(self, code: str) -> int:
         number: int = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]

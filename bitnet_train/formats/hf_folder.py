@@ -1,4 +1,4 @@
-"""A model folder as the Hugging Face libraries lay it out, read and written one tensor at a time.
+"""A model folder as the Hugging Face libraries lay it out, read one tensor at a time.
 
     config.json                     the shape of the model; quantization_config says what the weights are
     model.safetensors               or shards, with model.safetensors.index.json {"weight_map": {tensor: file}}
@@ -9,35 +9,44 @@
     absent                          "dense": a model that is not ternary
     autobitlinear, online           "master": float weights that are quantised in the forward pass
     autobitlinear, offline          "packed": codes and `<weight>_scale` = g, by which the product is multiplied
+    bitlinear                       "packed": codes and `<weight>_scale` = 1 / g, by which the product is divided
 
-A safetensors file is: the header's length (u64), the header (JSON, padded with spaces), the tensors without gaps,
-row-major; all little endian. Source: the safetensors README, section "Format".
+Where linear_class or quantization_mode is absent, transformers takes bitlinear and offline.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet_train.errors import UserError
+from bitnet_train.formats.safetensors_file import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    read_parts,
+    read_tensor,
+    tensor_dtype,
+    tensor_names,
+    tensor_shape,
+)
 
 Kind = Literal["master", "packed", "dense", "none"]
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
-_KINDS: dict[object, Kind] = {"online": "master", "offline": "packed"}
+_KINDS: dict[object, Kind] = {
+    ("autobitlinear", "online"): "master",
+    ("autobitlinear", "offline"): "packed",
+    ("bitlinear", "offline"): "packed",
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,6 +66,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a JSON file with an indent of two, as transformers does."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def quantization_config(linear_class: str, mode: str) -> dict[str, str]:
+    """The quantization_config of a folder that is written here; see the module's text."""
+    return {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": mode}
+
+
 def folder_kind(folder: Path) -> Kind:
     """What the folder holds, by its config.json; "none" where there is none.
 
@@ -69,46 +88,54 @@ def folder_kind(folder: Path) -> Kind:
     quantization = read_json(path).get("quantization_config")
     if quantization is None:
         return "dense"
-    known = isinstance(quantization, dict) and quantization.get("linear_class") == "autobitlinear"
-    kind = _KINDS.get(quantization.get("quantization_mode")) if known else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
+        raise UserError(f"{path}: quantization_config.quant_method must be 'bitnet', got {quantization}")
+    if quantization.get("use_rms_norm"):
+        raise UserError(
+            f"{path}: quantization_config.use_rms_norm must be false, got true: the model has a norm in every linear "
+            "layer, which this decoder lacks"
+        )
+    mode = quantization.get("quantization_mode", "offline")
+    kind = _KINDS.get((linear_class(quantization), mode))
     if kind is None:
         raise UserError(
-            f"{path}: quantization_config must have linear_class autobitlinear (bitlinear stores 1 / scale) and "
-            f"quantization_mode online or offline, got {quantization}"
+            f"{path}: quantization_config must be autobitlinear, online or offline, or bitlinear, offline, got "
+            f"{linear_class(quantization)}, {mode}"
         )
     return kind
 
 
-class SafetensorsFile(Protocol):
-    """What is used of `safetensors.safe_open`, which has no types."""
-
-    def keys(self) -> list[str]: ...
-    def get_slice(self, name: str) -> Any: ...
-    def get_tensor(self, name: str) -> Tensor: ...
+def linear_class(quantization: Mapping[str, Any]) -> str:
+    """linear_class, which decides what weight_scale means: g for autobitlinear, 1 / g for bitlinear."""
+    return str(quantization.get("linear_class", "bitlinear"))
 
 
 @dataclass(frozen=True)
 class HFFolder:
-    """The tensors of a model folder, each read from its file when it is asked for."""
+    """The tensors of a model folder, each read from its file when it is asked for.
+
+    Raises (every method):
+        UserError: a file is missing or damaged, or the folder has no such tensor.
+    """
 
     path: Path
-    _open_files: dict[Path, SafetensorsFile] = field(default_factory=dict, repr=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
         return read_json(self.path / CONFIG)
 
+    @property
+    def inverse_scale(self) -> bool:
+        """Whether weight_scale of a packed folder is 1 / g."""
+        return linear_class(self.config["quantization_config"]) == "bitlinear"
+
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The file of each tensor, by the tensor's name.
-
-        Raises:
-            UserError: there are no weights, or the index names a file that is not in the folder.
-        """
+        """The file of each tensor, by the tensor's name."""
         if (self.path / WEIGHTS).is_file():
             file = self.path / WEIGHTS
-            return dict.fromkeys(self._open(file).keys(), file)
+            return dict.fromkeys(tensor_names(file), file)
         if not (self.path / WEIGHTS_INDEX).is_file():
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
         weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map", {})
@@ -120,72 +147,22 @@ class HFFolder:
         return {tensor: self.path / name for tensor, name in weight_map.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, read from the header.
+        """The shape of a tensor, read from the header."""
+        return tensor_shape(self._file_of(name), name)
 
-        Raises:
-            UserError: the folder has no such tensor, or its file is damaged.
-        """
-        return tuple(self._file_of(name).get_slice(name).get_shape())
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, read from the header."""
+        return tensor_dtype(self._file_of(name), name)
 
     def load(self, name: str) -> Tensor:
-        """A tensor in its stored dtype.
+        """A tensor in its stored dtype."""
+        return read_tensor(self._file_of(name), name)
 
-        Raises:
-            UserError: the folder has no such tensor, or its file is damaged.
-        """
-        return self._file_of(name).get_tensor(name)
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor by blocks of rows."""
+        return read_parts(self._file_of(name), name)
 
-    def _file_of(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> Path:
         if name not in self.files:
             raise UserError(f"{self.path}: tensor {name!r} is missing; the weights do not fit config.json")
-        return self._open(self.files[name])
-
-    def _open(self, path: Path) -> SafetensorsFile:
-        if path not in self._open_files:
-            try:
-                self._open_files[path] = cast(SafetensorsFile, safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: must be a whole safetensors file: {error}; copy it again") from None
-        return self._open_files[path]
-
-
-class LazyTensor(NamedTuple):
-    """A tensor that is to be written: `load` makes it, of this dtype and shape, when its turn has come."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    load: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "LazyTensor":
-        """A tensor that is in memory."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Writes a safetensors file with one tensor in memory at a time (metadata {"format": "pt"}).
-
-    Wide dtypes come first, then names in order, as the safetensors library sorts them: every tensor is then aligned.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        dtype, shape, _ = tensors[name]
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            dtype, shape, load = tensors[name]
-            tensor = load().detach()
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes a JSON file with an indent of two, as transformers does."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return self.files[name]

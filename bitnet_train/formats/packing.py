@@ -8,10 +8,13 @@ stored plus one: 0, 1, 2 for -1, 0, 1; the bit pattern 3 never occurs.
 Source: transformers 5.23, integrations/bitnet.py (`pack_weights`, which changes its input; this one does not).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 VALUES_PER_BYTE = 4
+_ALL_ONES = 0b01_01_01_01  # the byte of four zero codes
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -26,6 +29,17 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows // VALUES_PER_BYTE, columns
 
 
+def four_in_a_byte(codes: Sequence[Tensor]) -> Tensor:
+    """sum over k of (codes[k] + 1) << 2k as uint8, for four tensors of codes int8 and of one shape.
+
+    Written modulo 256 as 85 + codes[0] + 4 (codes[1] + 4 (codes[2] + 4 codes[3])), which needs no wider type.
+    """
+    first, second, third, fourth = (code.view(torch.uint8) for code in codes)
+    packed = fourth * 4
+    packed.add_(third).mul_(4).add_(second).mul_(4).add_(first).add_(_ALL_ONES)
+    return packed
+
+
 def pack_ternary(codes: Tensor) -> Tensor:
     """Codes int8 `(out, in)` in {-1, 0, 1} to uint8 `(out / 4, in)`; the input is left as it is.
 
@@ -33,9 +47,7 @@ def pack_ternary(codes: Tensor) -> Tensor:
         ValueError: out is no multiple of 4.
     """
     shape = packed_shape(tuple(codes.shape))
-    quarters = codes.add(1).to(torch.uint8).reshape(VALUES_PER_BYTE, *shape)
-    packed: Tensor = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
-    return packed
+    return four_in_a_byte(codes.reshape(VALUES_PER_BYTE, *shape).unbind())
 
 
 def unpack_ternary(packed: Tensor) -> Tensor:
@@ -44,7 +56,7 @@ def unpack_ternary(packed: Tensor) -> Tensor:
     Raises:
         ValueError: a pair of bits is 3, so that the bytes are no packed codes.
     """
-    codes = torch.cat([(packed >> 2 * k) & 3 for k in range(VALUES_PER_BYTE)]).to(torch.int8) - 1
+    codes = torch.cat([(packed >> 2 * k) & 3 for k in range(VALUES_PER_BYTE)]).view(torch.int8).sub_(1)
     if codes.numel() and codes.max() > 1:
         raise ValueError("every two bits of a packed weight must be 0, 1 or 2, got 3")
     return codes

@@ -5,6 +5,8 @@ expression that cuts a text before merging. GGUF keeps the same facts under `tok
 expression, `tokenizer.ggml.pre`: a wrong or absent name tokenises differently without an error (microsoft/BitNet#508).
 """
 
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -13,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import read_json
+from bitnet_train.formats.hf_folder import TOKENIZER_FILES, read_json
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE = {_LLAMA_3: "llama-bpe", "ByteLevel": "gpt-2"}  # ByteLevel's own expression is GPT-2's
+PRE_TOKENIZERS = {_LLAMA_3: "llama-bpe", "ByteLevel": "gpt-2"}  # ByteLevel's own expression is GPT-2's
 
 
 class TokenType(IntEnum):
@@ -96,6 +100,18 @@ class TokenizerFiles:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
+    def check(self) -> None:
+        """Refuses a tokenizer whose ids have no row in the embedding."""
+        size, largest = self.config["vocab_size"], max(self.ids.values(), default=-1)
+        if largest >= size:
+            raise UserError(f"{self.path}: every id must be below the model's vocab_size ({size}), got {largest}")
+
+    def write(self, folder: Path) -> None:
+        """Copies the files into a folder."""
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
     def generation_ids(self) -> dict[str, int | list[int]]:
         """The ids of generation_config.json: bos_token_id, and eos_token_id with every stop id."""
         ids = {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids or None, "pad_token_id": self._pad_id}
@@ -115,7 +131,8 @@ class TokenizerFiles:
             "tokenizer.ggml.eot_token_id": self.ids.get(END_OF_TURN),
             "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
             "tokenizer.ggml.add_bos_token": self.bos_id is not None,
-            "tokenizer.chat_template": self.chat_template,
+            "tokenizer.ggml.add_eos_token": False,
+            "tokenizer.chat_template": self.chat_template and _without_generation(self.chat_template),
         }
         return {key: value for key, value in metadata.items() if value is not None}
 
@@ -140,11 +157,8 @@ class TokenizerFiles:
 
     def _tokens(self) -> tuple[list[str], list[int]]:
         """Tokens and types in id order; ids that the tokenizer does not use become `[PAD<id>]`."""
+        self.check()
         size = self.config["vocab_size"]
-        if max(self.ids.values()) >= size:
-            raise UserError(
-                f"{self.path}: every id must be below the model's vocab_size ({size}), got {max(self.ids.values())}"
-            )
         tokens = [f"[PAD{id_}]" for id_ in range(size)]
         types = [TokenType.UNUSED] * size
         for token, id_ in self.ids.items():
@@ -167,8 +181,13 @@ class TokenizerFiles:
         cuts = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
         cuts += ["ByteLevel" for step in steps if step.get("type") == "ByteLevel" and step.get("use_regex", True)]
         byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
-        if not byte_level or len(cuts) != 1 or cuts[0] not in _PRE:
+        if not byte_level or len(cuts) != 1 or cuts[0] not in PRE_TOKENIZERS:
             raise UserError(
                 f"{self.path}: pre_tokenizer must be LLaMA-3's or GPT-2's for GGUF, which keeps no other; got {pre}"
             )
-        return _PRE[cuts[0]]
+        return PRE_TOKENIZERS[cuts[0]]
+
+
+def _without_generation(template: str) -> str:
+    """The template with {% if true %} for {% generation %}: the same text, and no tag that llama.cpp's parsers lack."""
+    return _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", template)

@@ -97,6 +97,13 @@ def fused_linear(
     )
 
 
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Sets lambda of every BitLinear: v + lambda (q(v) - v), the quantisation warm-up from a dense model."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.strength = strength
+
+
 def keep_codes(model: nn.Module, keep: bool = True) -> None:
     """Lets BitLinears keep their codes while weights stand still: several micro-batches, or a recomputed forward pass.
 

@@ -1,4 +1,4 @@
-"""Decoders from and to model folders: masters for training, masters or packed codes for inference."""
+"""Decoders from and to files: masters for training; masters, packed codes or GGUF for inference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +9,13 @@ from torch import Tensor
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
-from bitnet_train.formats.hf_folder import (
-    CONFIG,
-    GENERATION_CONFIG,
-    WEIGHTS,
-    HFFolder,
-    LazyTensor,
-    folder_kind,
-    write_json,
-    write_safetensors,
-)
-from bitnet_train.formats.packing import unpack_ternary
+from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
+from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.quant import TernaryWeight
+from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, whole
 
 
 class SpecialIds(NamedTuple):
@@ -35,7 +27,7 @@ class SpecialIds(NamedTuple):
 
 
 def source_folder(source: str, name: str) -> Path:
-    """The model folder that a user means: a run directory, an HF folder, or a hub id (downloaded).
+    """The model that a user means: a run directory, an HF folder, a GGUF file, or a hub id (downloaded).
 
     Args:
         source: what the user gave.
@@ -48,10 +40,14 @@ def source_folder(source: str, name: str) -> Path:
     for folder in (path / "model", path):
         if (folder / CONFIG).is_file():
             return folder
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     if (path / "status.json").is_file():
         raise UserError(f"{name}={source}: the run has not finished (no model/ in it); let it end first")
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/")):
-        raise UserError(f"{name}={source}: no model there; give a run directory or a folder with {CONFIG}")
+        raise UserError(
+            f"{name}={source}: no model there; give a run directory, a folder with {CONFIG} or a .gguf file"
+        )
     return _download(source, name)
 
 
@@ -72,10 +68,10 @@ def master_folder(folder: Path) -> HFFolder:
     Raises:
         UserError: the folder is packed: masters cannot be had back from codes.
     """
-    if folder_kind(folder) == "packed":
+    if folder.is_file() or folder_kind(folder) == "packed":
         raise UserError(
-            f"{folder}: holds packed ternary weights, which cannot be trained; start from the master weights they were "
-            "exported from (quantization_mode online)"
+            f"{folder}: holds packed ternary weights, which cannot be trained: the masters behind them are lost; start "
+            "from the master weights that they were exported from (quantization_mode online)"
         )
     return HFFolder(folder)
 
@@ -93,36 +89,45 @@ def load_for_training(folder: Path) -> BitNetForCausalLM:
     return model
 
 
-def load_for_inference(folder: Path) -> BitNetForCausalLM:
-    """The decoder of a master, packed or dense folder, in float32, with every ternary matrix as codes and scale.
+def load_for_inference(source: Path) -> BitNetForCausalLM:
+    """The decoder of a master, packed or dense folder or a GGUF file, in float32, with every ternary matrix as codes.
 
     Raises:
-        UserError: the folder is no BitNet, or damaged.
+        UserError: it is no BitNet, or damaged.
     """
-    if folder_kind(folder) != "packed":
-        model = load_for_training(folder)
-        freeze(model)
-        return model.eval()
-    source = HFFolder(folder)
-    model = BitNetForCausalLM(BitNetConfig.from_json(source.config))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BitLinear):
-            model.set_submodule(name, _unpacked(source, name, module))
-    for name, parameter in model.named_parameters():
-        copy_tensor(source, name, parameter)
+    if source.is_file():
+        file = GGUFFile(source)
+        return load_weights(BitNetConfig.from_json(gguf_config(file)), GGUFWeights(file))
+    if folder_kind(source) == "packed":
+        folder = HFFolder(source)
+        return load_weights(BitNetConfig.from_json(folder.config), FolderWeights(folder, "packed"))
+    model = load_for_training(source)
+    freeze(model)
     return model.eval()
 
 
-def _unpacked(source: HFFolder, name: str, layer: BitLinear) -> TernaryLinear:
-    """The layer with the folder's codes; weight_scale is g in the dtype that the folder stores."""
-    codes = unpack_ternary(source.load(f"{name}.weight"))
-    if codes.shape != layer.weight.shape:
+@torch.no_grad()
+def load_weights(config: BitNetConfig, weights: Weights) -> BitNetForCausalLM:
+    """The decoder of a stored model in float32, every ternary matrix as codes and scale: inference only."""
+    model = BitNetForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BitLinear):
+            weight = weights.ternary(f"{name}.weight")
+            _check_shape(weights.path, f"{name}.weight", weight.codes, module.weight)
+            model.set_submodule(name, TernaryLinear(weight, module.bias))
+    for name, parameter in model.named_parameters():
+        tensor = whole(weights, name)
+        _check_shape(weights.path, name, tensor, parameter)
+        parameter.copy_(tensor)
+    return model.eval()
+
+
+def _check_shape(path: Path, name: str, stored: Tensor, parameter: Tensor) -> None:
+    if stored.shape != parameter.shape:
         raise UserError(
-            f"{source.path}: tensor {name}.weight must hold codes of shape {tuple(layer.weight.shape)}, "
-            f"got {tuple(codes.shape)}; the weights do not fit {CONFIG}"
+            f"{path}: tensor {name} must have shape {tuple(parameter.shape)}, got {tuple(stored.shape)}; "
+            f"the weights do not fit {CONFIG}"
         )
-    scale = source.load(f"{name}.weight_scale").float().reshape(())
-    return TernaryLinear(TernaryWeight(codes, scale), layer.bias)
 
 
 @torch.no_grad()
@@ -156,7 +161,7 @@ def save_pretrained(
     bos, stop, pad = special_ids
     config = {**model.config.to_json(), "bos_token_id": bos, "eos_token_id": stop[0], "pad_token_id": pad}
     with atomic_folder(folder) as temporary:
-        write_safetensors(temporary / WEIGHTS, tensors)
+        write_weights(temporary, tensors)
         write_json(temporary / CONFIG, {**config, "torch_dtype": "float32"})
         generation = {"bos_token_id": bos, "eos_token_id": list(stop), "pad_token_id": pad}
         write_json(temporary / GENERATION_CONFIG, generation)

@@ -114,9 +114,8 @@ class RopeScaling:
         """The frequencies of the long context, float32 `(head_dim / 2,)`, from those of the trained one."""
         if self.rope_type == "linear":
             return frequencies / self.factor
-        kept = (
-            self._kept_by_turns(frequencies) if self.rope_type == "llama3" else self._kept_by_index(frequencies, theta)
-        )
+        by_turns = self.rope_type == "llama3"
+        kept = self._kept_by_turns(frequencies) if by_turns else self._kept_by_index(frequencies, theta)
         return frequencies * (kept + (1.0 - kept) / self.factor)
 
     def _kept_by_turns(self, frequencies: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import CONFIG, HFFolder, read_json
+from bitnet_train.formats.hf_folder import CONFIG, HFFolder
 from bitnet_train.model.config import BitNetConfig, rope_fields
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import copy_tensor, master_folder
@@ -76,9 +76,15 @@ def starting_config(folder: Path) -> BitNetConfig:
     Raises:
         UserError: it is no model that a BitNet can start from.
     """
-    config = read_json(folder / CONFIG)
-    if config.get("model_type") not in DENSE_TYPES:
-        return BitNetConfig.from_json(config)
+    config = master_folder(folder).config
+    try:
+        dense = config.get("model_type") in DENSE_TYPES
+        return _from_dense(folder, config) if dense else BitNetConfig.from_json(config)
+    except TypeError as error:
+        raise UserError(f"{folder / CONFIG}: a field has the wrong type ({error}); write it again") from None
+
+
+def _from_dense(folder: Path, config: Mapping[str, Any]) -> BitNetConfig:
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
         raise UserError(f"{folder / CONFIG}: {missing[0]} must be set; write the model again with transformers")

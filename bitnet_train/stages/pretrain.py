@@ -21,9 +21,9 @@ def hidden_states(model: BitNetForCausalLM, batch: TokenBatch, inputs_embeds: Te
     return hidden
 
 
-def next_token_sums(model: BitNetForCausalLM, batch: TokenBatch, hidden: Tensor) -> StageOutput:
-    """-sum log p(label) in nats over the labels of the batch, and their number."""
-    loss_sum = cross_entropy_sum(hidden, model.head_weight, batch.labels)
+def next_token_sums(model: BitNetForCausalLM, batch: TokenBatch, hidden: Tensor, z_loss: float = 0.0) -> StageOutput:
+    """-sum log p(label) in nats over the labels of the batch, and their number; with the z-loss while training."""
+    loss_sum = cross_entropy_sum(hidden, model.head_weight, batch.labels, z_loss if model.training else 0.0)
     return StageOutput(loss_sum, (batch.labels != IGNORE_INDEX).sum())
 
 
@@ -35,21 +35,26 @@ class Pretrain(Stage):
         position_buckets: where to cut the positions of a document for validation losses of their own, such as [1024,
             4096]: tokens that see fewer than 1024 others, fewer than 4096, and the rest. A model that makes use of a
             long context has lower losses in later buckets.
+        z_loss: weight of the squared log-sum-exp of the logits (PaLM: 1e-4), which keeps them from drifting. Part of
+            the training loss, not of the validation loss.
     """
 
     position_buckets: list[int] = field(default_factory=list)
+    z_loss: float = 0.0
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if sorted({0, *self.position_buckets})[1:] != list(self.position_buckets):
             raise UserError(f"stage.position_buckets must rise and lie above 0, got {list(self.position_buckets)}")
+        if not self.z_loss >= 0.0:
+            raise UserError(f"stage.z_loss must be at least 0, got {self.z_loss}")
 
     def step(self, model: BitNetForCausalLM, batch: TokenBatch) -> StageOutput:
         """Sums over the batch; at validation also by position."""
         hidden = hidden_states(model, batch)
         if model.training or not self.position_buckets:
-            return next_token_sums(model, batch, hidden)
+            return next_token_sums(model, batch, hidden, self.z_loss)
         logps = token_logps(hidden, model.head_weight, batch.labels)
         kept = batch.labels != IGNORE_INDEX
         return StageOutput(-logps.sum(), kept.sum(), self._by_position(-logps[kept], batch.position_ids[kept]))

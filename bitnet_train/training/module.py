@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from bitnet_train.data.batches import IGNORE_INDEX, PairBatch, TokenBatch
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.model.bitlinear import forget_codes, set_strength
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters
 from bitnet_train.schedule import Schedule
@@ -84,6 +85,7 @@ class TrainingModule(L.LightningModule):
         steps: optimizer steps of the whole run.
         log_every: steps between log events.
         health_every: steps between measurements of the ternary weights; 0 takes none.
+        warmup_steps: steps over which quantisation sets in, see `model.bitlinear.set_strength`; 0 starts with it.
 
     Attributes:
         step: optimizer steps done in the run, earlier starts included.
@@ -102,12 +104,13 @@ class TrainingModule(L.LightningModule):
         steps: int,
         log_every: int,
         health_every: int,
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.stage = model, stage
         self.optimizer_config, self.schedule = optimizer, schedule
         self.tokenizer = tokenizer
-        self.steps, self.log_every = steps, log_every
+        self.steps, self.log_every, self.warmup_steps = steps, log_every, warmup_steps
         self.step = self.tokens = 0
         self.latest: Metrics = {}
         self.health, self._throughput = TernaryHealth(health_every), Throughput()
@@ -156,6 +159,15 @@ class TrainingModule(L.LightningModule):
             self._throughput.batch_arrived(tokens_of(batch).input_ids.shape[1])
         return batch
 
+    @property
+    def strength(self) -> float:
+        """lambda of the present step, x + lambda (q(x) - x): from 0 to 1 in `warmup_steps` steps."""
+        return min(1.0, self.step / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Sets the strength of quantisation, which is 1 outside of training."""
+        set_strength(self.model, self.strength)
+
     def training_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> Tensor:
         """The sum of one micro-batch, multiplied by what Lightning and DDP are going to divide it by."""
         output = self.stage.step(self.model, batch)
@@ -182,6 +194,8 @@ class TrainingModule(L.LightningModule):
         set_hyperparameters(optimizer, lr, decay)
         self.tokens += int(sums["tokens"][0])
         self._update = {"train/lr": lr, "train/weight_decay": decay, "train/grad_norm": norm}
+        if self.warmup_steps:
+            self._update["train/quantization_strength"] = self.strength
 
     def _clip(self, norm: float, count: float) -> float:
         """What the gradient is multiplied by so that its norm is at most the limit."""
@@ -195,6 +209,7 @@ class TrainingModule(L.LightningModule):
         if self._micro_batches == self.trainer.accumulate_grad_batches:
             self._micro_batches = 0
             self.step += 1
+            forget_codes(self.model)
             self._log_training(tokens_of(batch))
         self._throughput.batch_asked_for()
 
@@ -217,8 +232,13 @@ class TrainingModule(L.LightningModule):
         first = (self.step - 1) // self.log_every * self.log_every
         return {f"train/{name}": share for name, share in self._data().token_shares(first, self.step).items()}
 
+    def on_train_end(self) -> None:
+        """Leaves the model as it is exported."""
+        set_strength(self.model, 1.0)
+
     def on_validation_start(self) -> None:
-        """The time of validation is not that of training."""
+        """The time of validation is not that of training; what is validated is what would be exported."""
+        set_strength(self.model, 1.0)
         self._throughput.pause()
 
     def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -155,9 +155,8 @@ def _build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     schedule = schedule.in_steps(settings.global_batch_size * data_config.sequence_length)
     data = DataModule(data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size)
     data.steps = total_steps(settings, data)
-    module = TrainingModule(
-        model, stage, optimizer, schedule, tokenizer, data.steps, settings.log_every, settings.health_every
-    )
+    intervals = (settings.log_every, settings.health_every, settings.quantization_warmup_steps)
+    module = TrainingModule(model, stage, optimizer, schedule, tokenizer, data.steps, *intervals)
     return Parts(settings, run_dir, tokenizer, data, module)
 
 
@@ -320,6 +319,7 @@ def _trainer(parts: Parts, config: DictConfig, state: dict[str, Any] | None) -> 
         )
     per_step = parts.data.micro_batches(trainer.global_rank, trainer.world_size).per_step
     trainer.accumulate_grad_batches = per_step
+    configuration.build(config.execution, "execution").apply(parts.module.model, per_step)
     trainer.val_check_interval = settings.val_every * per_step
     _count_as_done(trainer, parts.module.step, per_step)
     return trainer

@@ -8,8 +8,8 @@ import torch
 
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.evaluation.perplexity import evaluate
+from bitnet_train.export.runtimes import compare
 from bitnet_train.model.pretrained import load_for_inference
-from tests.runtimes import ik_llama, ik_llama_quantize
 from tests.support import ROOT, python
 
 
@@ -71,14 +71,14 @@ def test_transformers_loses_nothing_chats_and_generates(quickstart: Path) -> Non
 
 
 @pytest.mark.runtime
-def test_ik_llama_quantizes_the_gguf_and_agrees(quickstart: Path) -> None:
+def test_the_runtimes_agree_with_what_was_trained(quickstart: Path) -> None:
     pytest.importorskip("ik_llama_cpp")
     folder = quickstart / "runs/quickstart"
-    ik_llama_quantize(folder / "model.gguf", quickstart / "ik.gguf", "IQ2_BN")
-    model, tokenizer = load_for_inference(folder / "dpo/model"), Tokenizer.from_folder(folder / "dpo/model")
-    text = json.loads((folder / "data/pretrain/heldout.jsonl").open().readline())["text"]
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(text)[:199]]
-    with torch.no_grad():
-        ours = model(torch.tensor([ids]))[0].log_softmax(-1)
-    theirs = ik_llama(quickstart / "ik.gguf", ids).logits.log_softmax(-1)
-    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 0.01
+    (quickstart / "heldout.txt").write_text(
+        json.loads((folder / "data/pretrain/heldout.jsonl").open().readline())["text"]
+    )
+    for written in ("model.gguf", "packed"):
+        (report,) = compare(folder / "dpo", folder / written, quickstart / "heldout.txt")
+        assert report.agreement is not None, report
+        assert report.agreement.kl < 5e-3
+        assert report.agreement.perplexity_ratio == pytest.approx(1, abs=0.01)

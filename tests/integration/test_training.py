@@ -52,6 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer").mkdir()
     tiny_tokenizer().save(folder / "tokenizer")
     write_jsonl(folder / "text.jsonl", text_rows(60))
+    write_jsonl(folder / "other.jsonl", [*text_rows(100)[60:], {"text": None}])
     write_jsonl(folder / "chat.jsonl", chat_rows(24))
     write_jsonl(folder / "pairs.jsonl", preference_rows(24))
     return folder
@@ -232,6 +233,36 @@ def test_sft_and_dpo_go_on_from_the_stage_before(data: Path, pretrained: Path) -
     assert load_for_inference(data / "dpo/model").config == load_for_inference(pretrained / "model").config
 
 
+def test_quantisation_sets_in_over_the_warm_up(data: Path, pretrained: Path) -> None:
+    """And computing activations again changes no bit of the result."""
+    options = ["quantization_warmup_steps=8", "stage.z_loss=1e-4", "val_every=4"]
+    assert train(*PRETRAIN, *options, "run_dir=warm", cwd=data).returncode == 0
+    strengths = [event["train/quantization_strength"] for event in metrics(data / "warm") if "train/loss" in event]
+    assert strengths == [min(1.0, step / 8) for step in range(12)]
+    assert metrics(data / "warm")[0]["train/loss"] != metrics(pretrained)[0]["train/loss"]
+    again = [*PRETRAIN, *options, "execution.activation_checkpointing=full", "run_dir=warm-again"]
+    assert train(*again, cwd=data).returncode == 0
+    assert same_model(data / "warm-again", data / "warm")
+
+
+def test_a_mixture_and_named_validation_sets_have_figures_of_their_own(data: Path) -> None:
+    result = train(
+        *PRETRAIN, "run_dir=named", "max_steps=4", "log_every=2", "val_every=4", "data.bad_rows=skip",
+        "data.train=[{path:text.jsonl,weight:1},{path:other.jsonl,weight:1}]",
+        "data.val={seen:text.jsonl,other:[other.jsonl]}", cwd=data,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "data: other.jsonl: 1 of 41 rows are bad and were skipped: other.jsonl:41: " in result.stderr
+    events = metrics(data / "named")
+    figures = [event for event in events if "val/seen/loss" in event]
+    assert [event["step"] for event in figures] == [0, 4]
+    assert all(event["val/other/loss"] != event["val/seen/loss"] for event in figures)
+    assert not any("val/loss" in event for event in events)
+    shares = [(e["train/share/text.jsonl"], e["train/share/other.jsonl"]) for e in events if "train/loss" in e]
+    assert len(shares) == 2
+    assert all(sum(pair) == pytest.approx(1.0) and 0.0 < pair[0] < 1.0 for pair in shares)
+
+
 def test_a_dry_run_trains_nothing(data: Path) -> None:
     result = train(*PRETRAIN, "run_dir=dry", "dry_run=true", cwd=data)
     assert result.returncode == 0
@@ -246,6 +277,9 @@ BAD_INPUT = {
     "+nonsense=1": "unknown key nonsense",
     "optimizer.betas=[0.9,2]": "optimizer.betas must lie in [0, 1)",
     "max_steps=many": "max_steps",
+    "quantization_warmup_steps=-1": "quantization_warmup_steps must be at least 0, got -1",
+    "execution.attention=flash": "execution.attention must be one of auto, sdpa, got 'flash'",
+    "stage.z_loss=-1": "stage.z_loss must be at least 0, got -1.0",
     "data.train=nothing-*.jsonl": "nothing-*.jsonl",
     "data.train=empty.jsonl": "empty.jsonl",
     "data.train=broken.jsonl": "broken.jsonl:2: ",

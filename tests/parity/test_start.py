@@ -186,13 +186,15 @@ def test_masters_of_a_bitnet_start_as_they_are(tmp_path: Path) -> None:
     [
         ("llama", {"head_dim": 32}, "head_dim must be hidden_size / num_attention_heads (16) in a BitNet, got 32"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be false"),
+        ("llama", {"rms_norm_eps": "small"}, "config.json: a field has the wrong type"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of relu2, silu, got 'gelu'"),
         ("mistral", {"sliding_window": 100}, "sliding_window of 100"),
         ("llama-3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
     ],
 )
 def test_models_that_a_bitnet_cannot_be(tmp_path: Path, name: str, fields: dict[str, Any], message: str) -> None:
-    write_dense(tmp_path, name, **fields)
+    write_dense(tmp_path, name)
+    edit_config(tmp_path, **fields)
     with pytest.raises(UserError) as error:
         start_from(tmp_path, starting_config(tmp_path))
     assert message in str(error.value)
@@ -214,6 +216,14 @@ def test_tensors_without_a_place_and_missing_ones_are_refused(tmp_path: Path) ->
     edit_tensor(tmp_path, "model.layers.1.mlp.up_proj.weight", None)
     with pytest.raises(UserError, match=r"'model.layers.1.mlp.up_proj.weight' is missing"):
         start_from(tmp_path, starting_config(tmp_path))
+
+
+def test_codes_are_no_start(tmp_path: Path) -> None:
+    write_master(tmp_path)
+    offline = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    edit_config(tmp_path, quantization_config=offline)
+    with pytest.raises(UserError, match="holds packed ternary weights, which cannot be trained"):
+        starting_config(tmp_path)
 
 
 def test_a_changed_size_is_refused(tmp_path: Path) -> None:

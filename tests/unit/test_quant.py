@@ -125,7 +125,8 @@ def test_autocast_decides_the_dtype_of_the_output_and_masters_get_float32_gradie
         (y,) = bit_linear(x, [weight], [None])
     assert y.dtype == torch.bfloat16
     xq, wq = fake_quantized(x, weight)
-    torch.testing.assert_close(y, (xq @ wq.t()).bfloat16())
+    # The reference rounds both factors to bfloat16; `fused` multiplies integers, see test_fused.py.
+    assert ((y - xq @ wq.t()).abs() <= 2.0**-7 * (xq.abs() @ wq.abs().t())).all()
     grad = torch.randn_like(y)
     y.backward(grad)
     assert weight.grad is not None

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configs(folder: Path) -> dict[str, DataConfig]:
     """A run of every kind; the mixture repeats one source two and a bit times."""
-    cache = {"cache_dir": str(folder / "cache")}
+    cache: dict[str, Any] = {"cache_dir": str(folder / "cache")}
     mixture = [{"path": str(folder / name), "weight": w} for name, w in (("text.jsonl", 2.0), ("more.jsonl", 2.3))]
     return {
         "text": TextData(32, train=str(folder / "text.jsonl"), **cache),
@@ -147,29 +147,23 @@ def test_a_mixture_has_the_shares_that_were_asked_for(folder: Path) -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_realised_shares_are_those_of_the_rows_that_were_read(folder: Path) -> None:
-    """Counted anew from the tokens: the two sources are told apart by their documents."""
-    config = configs(folder)["mixture"]
-    data = module(config, 3)
-    (first, second) = (module(TextData(32, train=s["path"], cache_dir=config.cache_dir), 1) for s in config.train)
-    texts = [_documents(source) for source in (first, second)]
-    assert not texts[0] & texts[1]
+def test_realised_shares_are_those_of_the_tokens_that_were_read(tmp_path: Path) -> None:
+    """Counted anew from the batches: one source says nothing but "a", the other nothing but "b"."""
+    sizes = {"a": range(3, 40), "b": range(20, 30)}
+    for letter, lengths in sizes.items():
+        write_jsonl(tmp_path / f"{letter}.jsonl", [{"text": f" {letter}" * n} for n in lengths])
+    train = [{"path": str(tmp_path / f"{letter}.jsonl"), "weight": 1 + (letter == "b")} for letter in "ab"]
+    data = module(TextData(16, train=train, cache_dir=str(tmp_path)), steps=9)
     rows = data.row_sets["train"]
-    for index in range(len(rows)):
-        row = rows[index]
-        counts = [0, 0]
-        for document in range(int(row.documents[-1]) + 1):
-            ids = row.ids[row.documents == document]
-            owner = [any(" ".join(map(str, ids)) in text for text in source) for source in texts]
-            if sum(owner) == 1:
-                counts[owner.index(True)] += len(ids)
-        assert (rows.tokens_by_source(index) >= [c - 1 for c in counts]).all()
-
-
-def _documents(data: DataModule) -> set[str]:
-    rows: Any = data.row_sets["train"]
-    store = rows.spans[0].store
-    return {" ".join(map(str, (store[i] & 0x7FFFFFFF).tolist())) for i in range(len(store))}
+    spaced = {letter: set(TOKENIZER.encode(f" {letter}" * 40)) for letter in "ab"}
+    assert not spaced["a"] & spaced["b"]
+    order = data.micro_batches(0, 1)
+    for step in range(9):
+        ids = [id for sample in order.samples(step) for id in rows[sample].ids[:-1].tolist()]
+        a, b = (sum(id in spaced[letter] for id in ids) for letter in "ab")
+        share = data.token_shares(step, step + 1)["share/a.jsonl"]
+        edges = len(ids) - a - b  # BOS and EOS, of either
+        assert a / len(ids) <= share <= (a + edges) / len(ids)
 
 
 def test_one_source_has_no_shares(folder: Path) -> None:
@@ -194,7 +188,7 @@ def test_conversations_and_pairs_mix_by_tokens_too(folder: Path, kind: str) -> N
 
 def test_validation_sets_by_name(folder: Path) -> None:
     paths = {name: str(folder / f"{name}.jsonl") for name in ("text", "more")}
-    base = {"train": paths["text"], "cache_dir": str(folder / "cache")}
+    base: dict[str, Any] = {"train": paths["text"], "cache_dir": str(folder / "cache")}
     both = module(TextData(32, val=paths, **base), 1)
     assert both.validation_names == ["val/text", "val/more"]
     assert [len(loader.dataset) for loader in both.val_dataloader()] == [  # type: ignore[arg-type]

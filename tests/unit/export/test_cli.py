@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_command_prints_what_it_wrote(master: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([str(master), str(tmp_path / "packed"), "--format", "safetensors", "--verify"]) == 0
+    assert run([str(master), str(tmp_path / "packed"), "--format", "safetensors"]) == 0
     wrote, verified = capsys.readouterr().out.splitlines()
     assert wrote.startswith(f"wrote {tmp_path / 'packed'} (")
     assert verified == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
@@ -28,7 +28,7 @@ def test_the_script_ends_with_2_and_one_line_for_wrong_input(tmp_path: Path) -> 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'none'}: must be a finished run's directory or a model folder")
+    assert result.stderr.startswith(f"error: {tmp_path / 'none'}: must be a finished run's directory, a model folder")
     assert result.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
 
@@ -37,6 +37,16 @@ def test_the_script_ends_with_2_and_one_line_for_wrong_input(tmp_path: Path) -> 
     ("options", "message"),
     [
         ([], "--format"),
+        (["--format", "gguf", "--linear-class", "bitlinear"], "--linear-class belongs to --format safetensors"),
+        (
+            ["--format", "gguf", "--max-shard-size", "1GB"],
+            "--max-shard-size belongs to --format safetensors and master",
+        ),
+        (["--format", "master", "--max-shard-size", "big"], "must be a size such as 500MB or 5GB, got 'big'"),
+        (["--format", "master", "--max-shard-size", "0"], "must be a size such as 500MB or 5GB, got '0'"),
+        (["--format", "master", "--no-dry-run"], "--no-dry-run belongs to --push-to-hub"),
+        (["--format", "master", "--text", "file"], "--text belongs to --verify"),
+        (["--format", "safetensors", "--push-to-hub", "name"], "--push-to-hub must be user/name, got 'name'"),
         (["--format", "onnx"], "invalid choice: 'onnx'"),
         (["--format", "gguf", "--type", "q4_0"], "invalid choice: 'q4_0'"),
         (["--format", "gguf", "--dtype", "float32"], "--dtype belongs to --format safetensors and master"),
@@ -46,6 +56,70 @@ def test_the_script_ends_with_2_and_one_line_for_wrong_input(tmp_path: Path) -> 
 def test_wrong_options_are_refused(master: Path, tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run([str(master), str(tmp_path / "out"), *options])
+
+
+def test_without_verification_nothing_is_read_back(
+    master: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet_train.export.exporter.compare", lambda *_: pytest.fail("was read back"))
+    assert run([str(master), str(tmp_path / "model.gguf"), "--format", "gguf", "--no-verify"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_sizes_of_shards_have_units(master: Path, tmp_path: Path) -> None:
+    counts = {}
+    for size in ("20KB", "20000", "1GiB"):
+        assert run([str(master), str(tmp_path / size), "--format", "safetensors", "--max-shard-size", size]) == 0
+        counts[size] = len(list((tmp_path / size).glob("*.safetensors")))
+    assert counts["20KB"] == counts["20000"] > counts["1GiB"] == 1
+
+
+def test_list_says_where_a_model_can_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_master(tmp_path / "master", {"hidden_size": 256})
+    assert run([str(tmp_path / "master"), "--list"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name: text.strip() for name, text in lines.items()}
+    assert told["safetensors autobitlinear"].split() == ["yes", "transformers"]
+    assert told["gguf i2_s"].startswith("yes   bitnet.cpp, ik_llama.cpp")
+    assert told["gguf tq2_0"].startswith("no ")
+    assert "computes SiLU without a word" in told["gguf tq2_0"]
+    assert len(told) == 9
+    assert os.listdir(tmp_path) == ["master"]
+
+
+@pytest.mark.parametrize(("format", "option"), [("gguf", "--type=f32"), ("safetensors", "--dtype=float32")])
+def test_a_full_disk_ends_with_one_line_and_nothing_half_written(
+    master: Path, tmp_path: Path, format: str, option: str
+) -> None:
+    assert run([str(master), str(tmp_path / "out"), "--format", format, "--force"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code = limit + "from bitnet_train.export import main; main()"
+    arguments = [str(master), str(tmp_path / "out"), "--format", format, option, "--force"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path / 'out'}: cannot be written: File too large; nothing was changed\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_upload_is_dry_by_default(
+    master: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[Path, str]] = []
+
+    def send(path: Path, repository: str) -> str:
+        sent.append((path, repository))
+        return "url"
+
+    monkeypatch.setattr("bitnet_train.export.hub._send", send)
+    arguments = [str(master), str(tmp_path / "out"), "--format", "safetensors", "--push-to-hub", "me/model", "--force"]
+    assert run(arguments) == 0
+    output = capsys.readouterr().out
+    assert "would send model.safetensors (0.2 MB)" in output
+    assert "nothing was sent to me/model" in output
+    assert sent == []
+    assert run([*arguments, "--no-dry-run"]) == 0
+    assert sent == [(tmp_path / "out", "me/model")]
 
 
 def test_an_export_is_replaced_only_by_force(master: Path, tmp_path: Path) -> None:

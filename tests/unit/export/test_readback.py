@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from bitnet_train.export import export, verify
 from bitnet_train.export.cli import run
-from bitnet_train.formats.gguf_blocks import pack_i2_s
+from bitnet_train.formats.gguf_blocks import GGMLType
 from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_ternary import pack_ternary_blocks
 from bitnet_train.formats.packing import pack_ternary, unpack_ternary
 from bitnet_train.quant import quantize_weight
 from tests.folders import LINEARS, edit_tensor
@@ -44,8 +45,8 @@ def test_verify_finds_one_number_in_an_i2_s_file(master: Path, tmp_path: Path, p
     path = tmp_path / "model.gguf"
     export(master, path, format="gguf")
     codes, scale = quantize_weight(load_file(master / "model.safetensors")[MATRIX])
-    changed = pack_i2_s(another(codes), scale.item()) if part == "code" else pack_i2_s(codes, scale.item() * 1.0000002)
-    overwrite(path, changed)
+    changed = (another(codes), scale.item()) if part == "code" else (codes, scale.item() * 1.0000002)
+    overwrite(path, pack_ternary_blocks(GGMLType.I2_S, *changed))
     assert verify(master, path).mismatches == (MATRIX,)
     assert verify(master, path).differ == 1
 
@@ -72,8 +73,11 @@ def overwrite(path: Path, data: bytes) -> None:
 def test_the_command_fails_when_the_packing_is_wrong(
     master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bitnet_train.export.writers.pack_i2_s", lambda codes, scale: pack_i2_s(-codes, scale))
-    assert run([str(master), str(tmp_path / "model.gguf"), "--format", "gguf", "--verify"]) == 1
+    monkeypatch.setattr(
+        "bitnet_train.export.gguf.pack_ternary_blocks", lambda kind, codes, g: pack_ternary_blocks(kind, -codes, g)
+    )
+    assert run([str(master), str(tmp_path / "model.gguf"), "--format", "gguf"]) == 1
+    assert (tmp_path / "model.gguf").is_file()
     error = capsys.readouterr().err
     assert f"in {LINEARS} tensors, first model.layers.0.self_attn.q_proj.weight" in error
     assert error.count("\n") == 1

@@ -1,11 +1,14 @@
-"""The names and keys of the architecture bitnet-b1.58, counted for the released 2B model."""
+"""The names and keys of BitNet's architectures, counted for the released 2B model, and read back."""
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
-from bitnet_train.formats.gguf_bitnet import gguf_name, model_metadata
+from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, config_json, gguf_name, model_metadata
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 
@@ -47,3 +50,70 @@ def test_keys_of_the_2b_model() -> None:
         "bitnet-b1.58.attention.head_count_kv": 5,
         "bitnet-b1.58.attention.layer_norm_rms_epsilon": 1e-5,
     }
+
+
+def stored(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys as a file gives them back: floats have been float32."""
+    metadata = {"general.architecture": ARCHITECTURES[config["hidden_act"]], **model_metadata("m", config, 40)}
+    return {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in metadata.items()}
+
+
+@pytest.mark.parametrize("hidden_act", ["relu2", "silu"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_configuration_comes_back(hidden_act: str, tied: bool) -> None:
+    config = replace(BitNetConfig(), hidden_act=hidden_act, tie_word_embeddings=tied, rope_theta=10000.0)
+    found = config_json(stored(asdict(config)), tied)
+    assert BitNetConfig.from_json({**found, "quantization_config": {}}) == config
+
+
+def test_whole_numbers_of_config_json_are_stored_as_the_floats_that_readers_want() -> None:
+    found = model_metadata("2b", asdict(BitNetConfig()) | {"rope_theta": 500000}, 40)
+    assert isinstance(found["bitnet-b1.58.rope.freq_base"], float)
+
+
+@pytest.mark.parametrize(
+    ("rope", "keys"),
+    [
+        ({"rope_type": "default"}, {}),
+        ({"rope_type": "linear", "factor": 4}, {"type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 32},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 4096},
+        ),
+    ],
+)
+def test_rope_scaling_is_stored_and_read_back(rope: dict[str, Any], keys: dict[str, object]) -> None:
+    config = asdict(BitNetConfig()) | {"rope_scaling": rope}
+    found = stored(config)
+    prefix = "bitnet-b1.58.rope.scaling."
+    assert {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)} == keys
+    back = config_json(found, True).get("rope_scaling", {})
+    assert back.get("rope_type", "default") == keys.get("type", "default")
+    assert back.get("factor") == keys.get("factor")
+    assert back.get("original_max_position_embeddings") == keys.get("original_context_length")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 16},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "attention_factor": 1.0},
+    ],
+)
+def test_rope_scaling_that_the_graphs_do_not_compute_is_refused(rope: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"rope scaling must be linear, or yarn with the paper's constants, .* got"):
+        model_metadata("m", asdict(BitNetConfig()) | {"rope_scaling": rope}, 40)
+
+
+def test_other_architectures_and_missing_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"architecture must be one of bitnet-b1\.58, bitnet, got 'llama'"):
+        config_json({"general.architecture": "llama"}, True)
+    found = stored(asdict(BitNetConfig()))
+    del found["bitnet-b1.58.block_count"]
+    with pytest.raises(ValueError, match=r"key bitnet-b1\.58\.block_count must be there"):
+        config_json(found, True)
+
+
+def test_the_licence_is_written_where_it_is_known() -> None:
+    assert model_metadata("m", asdict(BitNetConfig()), 40, "mit")["general.license"] == "mit"

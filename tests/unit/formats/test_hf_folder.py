@@ -1,17 +1,14 @@
-"""Model folders: what they are, read tensor by tensor, written as the safetensors library reads them."""
+"""Model folders: what they are, read tensor by tensor."""
 
 import json
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import HFFolder, LazyTensor, folder_kind, read_json, write_json, write_safetensors
+from bitnet_train.formats.hf_folder import HFFolder, folder_kind, read_json, write_json
 
 
 def write_config(folder: Path, **quantization: str) -> None:
@@ -29,9 +26,30 @@ def test_kinds(tmp_path: Path) -> None:
     assert folder_kind(tmp_path) == "packed"
 
 
-def test_the_layout_that_stores_the_inverse_scale_is_refused(tmp_path: Path) -> None:
-    write_config(tmp_path, quant_method="bitnet", linear_class="bitlinear", quantization_mode="offline")
-    with pytest.raises(UserError, match=r"config\.json: .*linear_class autobitlinear.* got "):
+@pytest.mark.parametrize("quantization", [{}, {"linear_class": "bitlinear", "quantization_mode": "offline"}])
+def test_the_layout_that_stores_the_inverse_scale_is_what_transformers_takes_by_default(
+    tmp_path: Path, quantization: dict[str, str]
+) -> None:
+    write_config(tmp_path, quant_method="bitnet", **quantization)
+    assert folder_kind(tmp_path) == "packed"
+    assert HFFolder(tmp_path).inverse_scale
+    write_config(tmp_path, quant_method="bitnet", linear_class="autobitlinear")
+    assert folder_kind(tmp_path) == "packed"
+    assert not HFFolder(tmp_path).inverse_scale
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method must be 'bitnet', got"),
+        ({"quant_method": "bitnet", "quantization_mode": "online"}, "got bitlinear, online"),
+        ({"quant_method": "bitnet", "linear_class": "other"}, "got other, offline"),
+        ({"quant_method": "bitnet", "use_rms_norm": "yes"}, "use_rms_norm must be false"),
+    ],
+)
+def test_other_quantisations_are_refused(tmp_path: Path, quantization: dict[str, str], message: str) -> None:
+    write_config(tmp_path, **quantization)
+    with pytest.raises(UserError, match=rf"config\.json: .*{message}"):
         folder_kind(tmp_path)
 
 
@@ -50,50 +68,6 @@ def test_missing_json_is_a_user_error(tmp_path: Path) -> None:
 def test_json_keeps_its_characters(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"template": "é {{ x }}", "list": [1]})
     assert read_json(tmp_path / "a.json") == {"template": "é {{ x }}", "list": [1]}
-
-
-def test_written_tensors_are_what_safetensors_reads(tmp_path: Path) -> None:
-    tensors = {
-        "b": torch.randint(0, 255, (3, 5), dtype=torch.uint8),
-        "a": torch.randn(7).bfloat16(),
-        "c": torch.randn(2, 3).t(),
-        "é": torch.randn(1, 1, 1).half(),
-        "none": torch.zeros(0, 4, dtype=torch.int8),
-    }
-    write_safetensors(tmp_path / "w", {name: LazyTensor.of(tensor) for name, tensor in tensors.items()})
-    loaded = load_file(tmp_path / "w")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name], tensor)
-    with safe_open(tmp_path / "w", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_literal_header(tmp_path: Path) -> None:
-    narrow, wide = torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([1.0])
-    write_safetensors(tmp_path / "w", {"a": LazyTensor.of(narrow), "b": LazyTensor.of(wide)})
-    data = (tmp_path / "w").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    assert size % 8 == 0
-    assert data[8 : 8 + size].rstrip(b" ") == (
-        b'{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-        b'"a":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}'
-    )
-    assert data[8 + size :] == b"\x00\x00\x80\x3f\x01\x02\x03"
-
-
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    alive: list[weakref.ref[Tensor]] = []
-
-    def load() -> Tensor:
-        assert sum(reference() is not None for reference in alive) <= 1  # the one that was written last
-        tensor = torch.zeros(2)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    write_safetensors(tmp_path / "w", {f"w{i}": LazyTensor(torch.float32, (2,), load) for i in range(5)})
-    assert len(alive) == 5
 
 
 def test_one_file_is_read_by_tensor(tmp_path: Path) -> None:

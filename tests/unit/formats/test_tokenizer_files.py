@@ -130,3 +130,11 @@ def test_what_gguf_cannot_hold_is_refused(
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"bos_token_id must be below vocab_size \(304\), got 128000"):
         metadata(tmp_path, bos_token_id=128000)
+
+
+def test_tags_that_runtimes_lack_become_others_of_the_same_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    template = "{{ a }}{% generation %}x {%- endgeneration -%} y{{ 'generation' }}"
+    edit(tmp_path, "tokenizer_config.json", chat_template=template)
+    stored = metadata(tmp_path)["tokenizer.chat_template"]
+    assert stored == "{{ a }}{% if true %}x {%- endif -%} y{{ 'generation' }}"
+    assert TokenizerFiles(tmp_path, {}).chat_template == template

@@ -36,10 +36,8 @@ def test_outputs_and_gradients(
     ids[0] = 0  # one that fills the row
     documents = Documents(ids)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    groups = 8 // kv_heads
-    expected = F.scaled_dot_product_attention(
-        exact[0], *(x.repeat_interleave(groups, dim=1) for x in exact[1:]), attn_mask=documents.mask
-    )
+    keys, values = (x.repeat_interleave(8 // kv_heads, dim=1) for x in exact[1:])
+    expected = F.scaled_dot_product_attention(exact[0], keys, values, attn_mask=documents.mask)
     output = block_attention(q, k, v, documents.starts)
     grad = torch.randn_like(output)
     got = [output, *torch.autograd.grad(output, [q, k, v], grad)]

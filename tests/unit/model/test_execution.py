@@ -1,5 +1,7 @@
 """What only says how to compute changes no number beyond rounding, and does what it says."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,7 +76,12 @@ def test_weights_are_quantised_once_per_update(
     model = BitNetForCausalLM(CONFIG)
     execution.apply(model, micro_batches)
     stacks = []
-    monkeypatch.setattr("bitnet_train.model.bitlinear.stack", lambda weights: stacks.append(1) or fused.stack(weights))
+
+    def counted(weights: Sequence[Tensor]) -> fused.Stacked:
+        stacks.append(len(weights))
+        return fused.stack(weights)
+
+    monkeypatch.setattr("bitnet_train.model.bitlinear.stack", counted)
     for _ in range(3):
         loss_and_gradients(model)
     assert len(stacks) == 2 * quantised

@@ -1,5 +1,6 @@
 """What an export of a tiny random model holds, in every format."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from bitnet_train.export import export, verify
+from bitnet_train.export.source import open_source
+from bitnet_train.export.targets import TARGETS, refusal
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.packing import pack_ternary
 from bitnet_train.quant import quantize_weight
@@ -22,7 +25,7 @@ def config_of(folder: Path) -> Any:
 
 
 def test_packed_folder(master: Path, tmp_path: Path) -> None:
-    result = export(master, tmp_path / "packed", check=True)
+    result = export(master, tmp_path / "packed")
     masters, packed = load_file(master / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
     codes, scale = quantize_weight(masters[MATRIX])
     assert torch.equal(packed[MATRIX], pack_ternary(codes))
@@ -63,7 +66,7 @@ def test_a_packed_folder_of_float32_keeps_the_scale_exactly(master: Path, tmp_pa
 
 
 def test_i2_s_file(master: Path, tmp_path: Path) -> None:
-    result = export(master, tmp_path / "model.gguf", format="gguf", check=True)
+    result = export(master, tmp_path / "model.gguf", format="gguf")
     file = GGUFFile(tmp_path / "model.gguf")
     kinds = {name: file.kind(name).name for name in file.tensors}
     assert sum(kind == "I2_S" for kind in kinds.values()) == LINEARS
@@ -81,7 +84,7 @@ def test_i2_s_file(master: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("type", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_float_files_hold_codes_times_scale(master: Path, tmp_path: Path, type: str, dtype: torch.dtype) -> None:
-    result = export(master, tmp_path / "model.gguf", format="gguf", type=type, check=True)
+    result = export(master, tmp_path / "model.gguf", format="gguf", type=type)
     codes, scale = quantize_weight(load_file(master / "model.safetensors")[MATRIX])
     file = GGUFFile(tmp_path / "model.gguf")
     stored = torch.frombuffer(bytearray(file.read(GGUF_MATRIX)), dtype=dtype).reshape(codes.shape)
@@ -93,17 +96,17 @@ def test_float_files_hold_codes_times_scale(master: Path, tmp_path: Path, type: 
 
 def test_master_folder_is_the_same_model(master: Path, tmp_path: Path) -> None:
     (master / "README.md").write_text("the card of the run")
-    result = export(master, tmp_path / "copy", format="master", check=True)
+    result = export(master, tmp_path / "copy", format="master")
     masters, copied = load_file(master / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
     assert all(torch.equal(copied[name], tensor) for name, tensor in masters.items())
     assert config_of(tmp_path / "copy")["quantization_config"]["quantization_mode"] == "online"
     assert config_of(tmp_path / "copy")["torch_dtype"] == "float32"
-    assert (tmp_path / "copy" / "README.md").read_text() == "the card of the run"
+    assert "## Card of the source\n\nthe card of the run" in (tmp_path / "copy" / "README.md").read_text()
     assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
 
 
 def test_masters_rounded_to_bfloat16_are_said_to_differ(master: Path, tmp_path: Path) -> None:
-    result = export(master, tmp_path / "copy", format="master", dtype="bfloat16", check=True)
+    result = export(master, tmp_path / "copy", format="master", dtype="bfloat16")
     assert result.verification is not None
     assert 0 < result.verification.differ < CODES / 100
     assert "float32 keeps every code" in result.notes[0]
@@ -112,25 +115,125 @@ def test_masters_rounded_to_bfloat16_are_said_to_differ(master: Path, tmp_path: 
 def test_masters_of_bfloat16_export_exactly(tmp_path: Path) -> None:
     write_master(tmp_path / "master", dtype=torch.bfloat16)
     for target, format in (("model.gguf", "gguf"), ("packed", "safetensors"), ("copy", "master")):
-        result = export(tmp_path / "master", tmp_path / target, format=format, check=True)
+        result = export(tmp_path / "master", tmp_path / target, format=format)
         assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
     assert config_of(tmp_path / "copy")["torch_dtype"] == "bfloat16"
 
 
 def test_an_untied_head_is_written_and_remarked(tmp_path: Path) -> None:
     write_master(tmp_path / "master", {"tie_word_embeddings": False})
-    result = export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", check=True)
+    result = export(tmp_path / "master", tmp_path / "model.gguf", format="gguf")
     assert GGUFFile(tmp_path / "model.gguf").tensors["output.weight"].shape == (304, 128)
     assert "bitnet.cpp computes the logits with the embedding" in result.notes[0]
     export(tmp_path / "master", tmp_path / "packed")
     assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
 
 
-def test_a_packed_folder_becomes_gguf(master: Path, tmp_path: Path) -> None:
-    export(master, tmp_path / "packed", dtype="float32")
-    result = export(tmp_path / "packed", tmp_path / "model.gguf", format="gguf", check=True)
+@pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
+def test_a_packed_folder_becomes_gguf(master: Path, tmp_path: Path, linear_class: str) -> None:
+    export(master, tmp_path / "packed", dtype="float32", linear_class=linear_class)
+    result = export(tmp_path / "packed", tmp_path / "model.gguf", format="gguf")
     assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
-    assert verify(master, tmp_path / "model.gguf").differ == 0
+    found = verify(master, tmp_path / "model.gguf")
+    assert found.codes == CODES
+    if linear_class == "autobitlinear":
+        assert found.differ == 0
+    else:
+        assert found.differ <= LINEARS  # a scale that has been 1 / g may come back a unit in the last place away
+
+
+def test_bitlinear_stores_the_inverse_scale(master: Path, tmp_path: Path) -> None:
+    result = export(master, tmp_path / "packed", linear_class="bitlinear")
+    scale = quantize_weight(load_file(master / "model.safetensors")[MATRIX]).scale
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    assert torch.equal(packed[f"{MATRIX}_scale"], (1 / scale).bfloat16().reshape(1))
+    quantization = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    assert config_of(tmp_path / "packed")["quantization_config"] == quantization
+    assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{}, {"dtype": "float32"}, {"linear_class": "bitlinear"}, {"format": "gguf"}, {"format": "gguf", "type": "bf16"}],
+)
+def test_what_was_exported_is_exported_again(master: Path, tmp_path: Path, stored: dict[str, Any]) -> None:
+    export(master, tmp_path / "stored", **stored)
+    codes = quantize_weight(load_file(master / "model.safetensors")[MATRIX]).codes
+    for name, how in {"i2_s": {"format": "gguf"}, "f32": {"format": "gguf", "type": "f32"}, "packed": {}}.items():
+        result = export(tmp_path / "stored", tmp_path / name, **how)  # type: ignore[arg-type]
+        assert str(result.verification) == f"verified: {LINEARS} matrices, {CODES} codes, 0 differ"
+        assert torch.equal(open_source(tmp_path / name).weights.ternary(MATRIX).codes, codes)
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()
+    assert config_of(tmp_path / "packed")["rms_norm_eps"] == 1e-5
+
+
+def test_a_gguf_file_is_copied_number_by_number(master: Path, tmp_path: Path) -> None:
+    export(master, tmp_path / "a.gguf", format="gguf", name="a model", licence="mit")
+    export(tmp_path / "a.gguf", tmp_path / "b.gguf", format="gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("type", "file_type"), [("tq1_0", 36), ("tq2_0", 37), ("i2_s", 40), ("f16", 1)])
+def test_silu_models_have_the_architecture_of_llama_cpp(tmp_path: Path, type: str, file_type: int) -> None:
+    write_master(tmp_path / "master", {"hidden_act": "silu", "hidden_size": 256})
+    result = export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", type=type)
+    file = GGUFFile(tmp_path / "model.gguf")
+    assert result.verification is not None
+    assert result.verification.differ == 0
+    assert file.metadata["general.architecture"] == "bitnet"
+    assert file.metadata["bitnet.block_count"] == 2
+    assert file.metadata["general.file_type"] == file_type
+    assert file.kind(GGUF_MATRIX).name == type.upper()
+    assert open_source(tmp_path / "model.gguf").config.hidden_act == "silu"
+
+
+def test_weights_are_cut_into_shards(master: Path, tmp_path: Path) -> None:
+    whole = export(master, tmp_path / "whole")
+    result = export(master, tmp_path / "shards", max_shard_bytes=20_000)
+    files = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert str(result.verification) == str(whole.verification)
+    tensors = {name: tensor for file in files for name, tensor in load_file(tmp_path / "shards" / file).items()}
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    again = export(tmp_path / "shards", tmp_path / "model.gguf", format="gguf")
+    assert str(again.verification) == str(whole.verification)
+
+
+SPACE = list(itertools.product([2, 1], [False, True], [True, False], ["relu2", "silu"], ["float32", "bfloat16"]))
+
+
+@pytest.mark.parametrize(("kv_heads", "bias", "tied", "act", "dtype"), SPACE)
+def test_codes_and_scales_over_the_space_of_models(
+    tmp_path: Path, kv_heads: int, bias: bool, tied: bool, act: str, dtype: str
+) -> None:
+    """Every target that takes the model holds quant.py's codes, and its scale rounded to the type that is stored."""
+    fields: dict[str, int | str] = {
+        "hidden_size": 256,
+        "num_key_value_heads": kv_heads,
+        "attention_bias": bias,
+        "hidden_act": act,
+    }
+    write_master(tmp_path / "master", {**fields, "tie_word_embeddings": tied}, dtype=getattr(torch, dtype))
+    source = open_source(tmp_path / "master")
+    masters = load_file(tmp_path / "master" / "model.safetensors")
+    targets = [target for target in TARGETS if refusal(source, target) is None]
+    assert len(targets) == {(False, True, "relu2"): 7, (False, True, "silu"): 9}.get(
+        (bias, tied, act), 2 if bias else 3 if act == "silu" else 7
+    )
+    for number, target in enumerate(targets):
+        how = {"gguf": {"type": target.variant}, "safetensors": {"linear_class": target.variant}, "master": {}}
+        path = tmp_path / str(number)
+        result = export(tmp_path / "master", path, format=target.format, **how[target.format])  # type: ignore[arg-type]
+        assert result.verification is not None
+        assert result.verification.differ == 0
+        written = open_source(path)
+        for name in source.ternary_names:
+            (codes, scale), found = quantize_weight(masters[name]), written.weights.ternary(name)
+            assert torch.equal(found.codes, codes), (target, name)
+            assert found.scale.item() == pytest.approx(scale.item(), rel=2**-8), (target, name)
 
 
 def test_a_run_directory_is_a_source(tmp_path: Path) -> None:
@@ -148,6 +251,6 @@ def test_a_shared_matrix_that_is_stored_twice_is_no_error(master: Path, tmp_path
 def test_a_matrix_of_zeros_keeps_its_codes(master: Path, tmp_path: Path) -> None:
     edit_tensor(master, MATRIX, torch.zeros(128, 256))
     for type in ("i2_s", "f16"):
-        result = export(master, tmp_path / f"{type}.gguf", format="gguf", type=type, check=True)
+        result = export(master, tmp_path / f"{type}.gguf", format="gguf", type=type)
         assert result.verification is not None
         assert result.verification.differ == 0

@@ -1,0 +1,76 @@
+"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory.
+
+torch.load reads plain containers only (weights_only) and maps the tensors, so that what is not asked for is not read.
+As with safetensors, what was touched stays resident while the file is mapped: it is mapped anew for each tensor.
+"""
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.model.weights import check_finite
+from bitnet_train.quant import TernaryWeight, quantize_weight
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """The `Weights` of a checkpoint.
+
+    Raises (every method):
+        UserError: the file is damaged, or no checkpoint of this project.
+    """
+
+    file: Path
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        return self.file.parent
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.file}: cannot be read: {str(error).splitlines()[0]}; take another one") from None
+        if not isinstance(state, dict) or not {"model", "identity"} <= state.keys():
+            raise UserError(f"{self.file}: must hold the state of a run (model, identity); give a checkpoint of one")
+        return state
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run was, among it the model's configuration as JSON."""
+        identity: dict[str, Any] = self._state()["identity"]
+        return identity
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._state()["model"].items()}
+
+    def _load(self, name: str) -> Tensor:
+        tensor: Tensor = self._state()["model"][name]
+        check_finite(self.file, name, tensor)
+        return tensor
+
+    def ternary(self, name: str) -> TernaryWeight:
+        """Codes and scale of a master, quantised now."""
+        return quantize_weight(self._load(name))
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor by blocks of rows."""
+        yield from self._load(name).split(rows_per_part(self.shapes[name]))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        dtype: torch.dtype = self._state()["model"][name].dtype
+        return dtype

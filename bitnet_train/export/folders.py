@@ -1,0 +1,81 @@
+"""Model folders: packed safetensors of either class, and masters; with tokenizer, generation config and model card."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitnet_train.export.card import model_card
+from bitnet_train.export.source import Source
+from bitnet_train.export.targets import Target
+from bitnet_train.formats.atomic import atomic_folder
+from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config, write_json
+from bitnet_train.formats.packing import pack_ternary, packed_shape
+from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
+
+
+def write_folder(source: Source, path: Path, target: Target, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Writes the folder whole or not at all.
+
+    Args:
+        source: the model.
+        path: the folder, replaced if it is there.
+        target: master, or safetensors of a linear class.
+        dtype: of the float tensors, the scales among them: transformers multiplies in it.
+        max_shard_bytes: size at which the weights are cut into several files.
+    """
+    masters = target.format == "master"
+    tensors = _masters(source, dtype) if masters else _packed(source, target.variant, dtype)
+    with atomic_folder(path) as folder:
+        write_json(folder / CONFIG, _config(source, target, dtype))
+        write_json(folder / GENERATION_CONFIG, source.generation_config)
+        source.tokenizer.write(folder)
+        write_weights(folder, tensors, max_shard_bytes)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        (folder / "README.md").write_text(model_card(source, target, path.name, size), encoding="utf-8")
+
+
+def stored_scale(scale: Tensor, linear_class: str, dtype: torch.dtype) -> Tensor:
+    """weight_scale `(1,)` of a packed folder: g for autobitlinear, 1 / g for bitlinear, rounded to the dtype."""
+    return (scale.reciprocal() if linear_class == "bitlinear" else scale).to(dtype).reshape(1)
+
+
+def _masters(source: Source, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    return {name: _cast(source, name, dtype) for name in source.shapes}
+
+
+def _packed(source: Source, linear_class: str, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """The tensors of a packed folder; the codes of a matrix and its scale are neighbours, and are made once."""
+    ternary = lru_cache(maxsize=1)(source.weights.ternary)
+
+    def packed(name: str) -> list[Tensor]:
+        return [pack_ternary(ternary(name).codes)]
+
+    def scale(name: str) -> list[Tensor]:
+        return [stored_scale(ternary(name).scale, linear_class, dtype)]
+
+    tensors: dict[str, LazyTensor] = {}
+    for name, shape in source.shapes.items():
+        if name in source.ternary_names:
+            tensors[name] = LazyTensor(torch.uint8, packed_shape((shape[0], shape[1])), partial(packed, name))
+            tensors[f"{name}_scale"] = LazyTensor(dtype, (1,), partial(scale, name))
+        else:
+            tensors[name] = _cast(source, name, dtype)
+    return tensors
+
+
+def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(dtype, source.shapes[name], lambda: (part.to(dtype) for part in source.weights.parts(name)))
+
+
+def _config(source: Source, target: Target, dtype: torch.dtype) -> dict[str, object]:
+    """config.json of the folder: the source's, with what the weights now are, and the ids of the tokenizer."""
+    ids = {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
+    config = {name: id_ for name, id_ in ids.items() if id_ is not None} | dict(source.config_json)
+    config.pop("dtype", None)  # transformers 5's name of torch_dtype
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    masters = target.format == "master"
+    how = ("autobitlinear", "online") if masters else (target.variant, "offline")
+    config["quantization_config"] = quantization_config(*how)
+    return config

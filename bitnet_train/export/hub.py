@@ -1,0 +1,51 @@
+"""Upload to the Hugging Face hub, dry by default: what is public by mistake cannot be taken back."""
+
+from pathlib import Path
+
+from bitnet_train.errors import UserError
+
+
+def check_repository(repository: str) -> None:
+    """Refuses a name that is not user/name."""
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"--push-to-hub must be user/name, got {repository!r}")
+
+
+def push(path: Path, repository: str, *, dry_run: bool) -> None:
+    """Prints what an upload of a folder or GGUF file would send, or sends it.
+
+    Args:
+        path: the export.
+        repository: user/name; made, private, if it does not exist.
+        dry_run: sends nothing.
+
+    Raises:
+        UserError: no huggingface-hub, or the hub refused (not logged in, no network).
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        print(f"{'would send' if dry_run else 'sending'} {file.name} ({file.stat().st_size / 1e6:.1f} MB)")
+    if dry_run:
+        print(f"nothing was sent to {repository}: this was a dry run, --no-dry-run sends it")
+    else:
+        print(f"sent: {_send(path, repository)}")
+
+
+def _send(path: Path, repository: str) -> str:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push-to-hub needs huggingface-hub: pip install 'bitnet-train[hf]'") from None
+    api = HfApi()
+    try:
+        url = str(api.create_repo(repository, private=True, exist_ok=True))
+        if path.is_dir():
+            api.upload_folder(repo_id=repository, folder_path=path)
+        else:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+    except Exception as error:  # of several libraries below the hub's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--push-to-hub {repository}: the hub did not take it: {reason}; is `hf auth login` done?"
+        ) from error
+    return url

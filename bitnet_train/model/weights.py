@@ -1,0 +1,164 @@
+"""The tensors of a stored model, one at a time, by the names that transformers has for them.
+
+    stored as                  codes and scale
+    master folder              quantised now: g in float32
+    packed folder              as stored: weight_scale, or 1 / weight_scale where the folder is of class bitlinear
+    GGUF I2_S, TQ1_0, TQ2_0    as stored
+    GGUF F32, F16, BF16        sign, and largest magnitude: such a matrix holds -g, 0 and g
+
+What is quantised already is never quantised again: the absmean of q g is not g, it is smaller by the share of codes
+that are not zero.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.gguf_bitnet import config_json, gguf_name
+from bitnet_train.formats.gguf_blocks import FLOAT_TYPES, unpack_float
+from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, unpack_ternary_blocks
+from bitnet_train.formats.hf_folder import HFFolder, Kind, quantization_config
+from bitnet_train.formats.packing import unpack_ternary
+from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.quant import TernaryWeight, quantize_weight
+
+_NO_CODE = 2  # stands for a stored value that is neither 0 nor plus or minus the scale
+
+
+class Weights(Protocol):
+    """The tensors of a model. Every method raises UserError where the file is damaged or a value is not finite."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that holds them."""
+
+    def ternary(self, name: str) -> TernaryWeight:
+        """Codes `(out, in)` of a matrix, and its scale g, float32."""
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Any other tensor in its stored dtype, by blocks of rows."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of such a tensor."""
+
+
+@contextmanager
+def located(path: Path, name: str) -> Iterator[None]:
+    """Puts file and tensor in front of a ValueError of the formats, which know neither."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {name}: {error}") from None
+
+
+def whole(weights: Weights, name: str) -> Tensor:
+    """A tensor that is not ternary, in one piece."""
+    return torch.cat(list(weights.parts(name)))
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """The `Weights` of an HF folder; a dense one is taken for masters."""
+
+    folder: HFFolder
+    kind: Kind
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    def ternary(self, name: str) -> TernaryWeight:
+        if self.kind != "packed":
+            weight = self.folder.load(name)
+            ternary = quantize_weight(weight.float())
+            if not ternary.scale.isfinite():  # as little as one weight makes it so
+                check_finite(self.path, name, weight)
+            return ternary
+        with located(self.path, name):
+            codes = unpack_ternary(self.folder.load(name))
+        scale = self.folder.load(f"{name}_scale").float().reshape(())
+        check_finite(self.path, f"{name}_scale", scale)
+        return TernaryWeight(codes, scale.reciprocal() if self.folder.inverse_scale else scale)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        for part in self.folder.parts(name):
+            check_finite(self.path, name, part)
+            yield part
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.folder.dtype(name)
+
+
+@dataclass(frozen=True)
+class GGUFWeights:
+    """The `Weights` of a GGUF file that was written here."""
+
+    file: GGUFFile
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def ternary(self, name: str) -> TernaryWeight:
+        kind = self.file.kind(gguf_name(name))
+        if kind not in TERNARY_TYPES:
+            return _of_floats(whole(self, name))
+        with located(self.path, name):
+            codes, scale = unpack_ternary_blocks(kind, self.file.read(gguf_name(name)), self.shape(name))
+        return TernaryWeight(codes, torch.tensor(scale))
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        kind, (rows, *others) = self.file.kind(gguf_name(name)), self.shape(name)
+        row_bytes, step = prod(others) * self.dtype(name).itemsize, rows_per_part(self.shape(name))
+        for first in range(0, rows, step):
+            data = self.file.read(gguf_name(name), first * row_bytes, (first + step) * row_bytes)
+            part = unpack_float(data, kind, (-1, *others))
+            check_finite(self.path, name, part)
+            yield part
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self.file.kind(gguf_name(name))
+        if kind not in FLOAT_TYPES:
+            raise UserError(f"{self.path}: {name}: type must be a float type, got {kind.name}")
+        return FLOAT_TYPES[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, `(out, in)` for a matrix."""
+        self.file.kind(gguf_name(name))
+        return self.file.tensors[gguf_name(name)].shape
+
+
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
+    """config.json of the model in a GGUF file.
+
+    Raises:
+        UserError: it holds another architecture, or lacks a key.
+    """
+    try:
+        config = config_json(file.metadata, tied=gguf_name("lm_head.weight") not in file.tensors)
+    except ValueError as error:
+        raise UserError(f"{file.path}: {error}; export the model again") from None
+    return {**config, "quantization_config": quantization_config("autobitlinear", "offline")}
+
+
+def _of_floats(values: Tensor) -> TernaryWeight:
+    scale = values.abs().max()
+    codes = torch.where((values == 0) | (values.abs() == scale), values.sign(), _NO_CODE)
+    return TernaryWeight(codes.to(torch.int8), scale.float())
+
+
+def check_finite(path: Path, name: str, values: Tensor) -> None:
+    """Raises UserError where a value is NaN or infinite."""
+    if not torch.stack(values.aminmax()).isfinite().all():
+        bad = int(values.isfinite().logical_not().sum())
+        raise UserError(f"{path}: {name}: every value must be finite, got {bad} that are not; give an older model")

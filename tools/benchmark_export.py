@@ -1,0 +1,212 @@
+"""Time and memory of an export, beside a copy of the file and beside transformers' own packing.
+
+    python tools/benchmark_export.py [--layers N --hidden N ...] [--json OUT]
+
+A random model in bfloat16 is made on the spot, by default with the shapes of BitNet b1.58 2B4T (4.8 GB). Then follow,
+each in a process of its own and with the input dropped from the page cache:
+
+    copy              cp of the weights, and fsync
+    read and write    the input is read, then as many bytes as the packed file has are written, and fsync
+    safetensors       export to packed safetensors; "verified": with reading it back
+    i2_s              export to GGUF I2_S; "verified": with reading it back
+    pack_weights      transformers: load_file, absmean and rounding in float32, pack_weights, save_file
+
+Seconds are of the work, without the start of Python. Memory is the largest resident set of the process, mapped pages of
+files among it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bitnet_train.data.tokenizer import train_bpe
+from bitnet_train.errors import UserError, run_command
+from bitnet_train.export import export
+from bitnet_train.formats.atomic import fsync
+from bitnet_train.formats.hf_folder import CONFIG, write_json
+from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensor, write_weights
+from bitnet_train.model.config import BitNetConfig
+from bitnet_train.model.decoder import BitNetForCausalLM
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one way of writing took."""
+
+    name: str
+    seconds: float
+    gigabytes_per_second: float  # bytes read and written
+    peak_gigabytes: float
+
+
+def make_model(folder: Path, config: BitNetConfig) -> None:
+    """A folder of random bfloat16 masters with a tokenizer, written one matrix at a time."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in BitNetForCausalLM(config).state_dict().items()}
+
+    def tensor(name: str) -> LazyTensor:
+        return LazyTensor(
+            torch.bfloat16, shapes[name], lambda: [torch.empty(shapes[name], dtype=torch.bfloat16).normal_()]
+        )
+
+    folder.mkdir()
+    write_json(folder / CONFIG, config.to_json())
+    write_weights(folder, {name: tensor(name) for name in shapes}, max_shard_bytes=1 << 62)
+    train_bpe(["a benchmark of export"], 300).save(folder)
+
+
+def copy(source: Path, target: Path) -> None:
+    """cp, and fsync."""
+    subprocess.run(["cp", source / WEIGHTS, target], check=True)
+    fsync(target)
+
+
+def read_and_write(source: Path, target: Path) -> None:
+    """Reads the input, and writes a quarter of its bytes, about what packing leaves of it."""
+    buffer = bytearray(_CHUNK)
+    with (source / WEIGHTS).open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    with target.open("wb", buffering=0) as file:
+        for _ in range((source / WEIGHTS).stat().st_size // 4 // _CHUNK):
+            file.write(buffer)
+        os.fsync(file.fileno())
+
+
+def pack_weights(source: Path, target: Path) -> None:
+    """What a user of transformers writes: the whole file, the formula, its pack_weights, the whole file."""
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.bitnet import pack_weights as pack
+
+    tensors = load_file(source / WEIGHTS)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().mean().clamp(min=1e-5)
+        tensors[name] = pack((weight / scale).round().clamp(-1, 1))
+        tensors[f"{name}_scale"] = scale.bfloat16().reshape(1)
+    save_file(tensors, target, metadata={"format": "pt"})
+    fsync(target)
+
+
+def _i2_s(verify: bool) -> Callable[[Path, Path], object]:
+    return lambda source, target: export(source, target, format="gguf", type="i2_s", verify=verify)
+
+
+def _safetensors(verify: bool) -> Callable[[Path, Path], object]:
+    return lambda source, target: export(source, target, format="safetensors", verify=verify)
+
+
+WAYS: dict[str, Callable[[Path, Path], object]] = {
+    "copy": copy,
+    "read and write": read_and_write,
+    "safetensors": _safetensors(verify=False),
+    "safetensors, verified": _safetensors(verify=True),
+    "i2_s": _i2_s(verify=False),
+    "i2_s, verified": _i2_s(verify=True),
+    "pack_weights": pack_weights,
+}
+
+
+def run_way(name: str, source: Path, target: Path) -> Figure:
+    """Runs one way here and measures it."""
+    _drop_from_cache(source / WEIGHTS)
+    start = time.perf_counter()
+    WAYS[name](source, target)
+    seconds = time.perf_counter() - start
+    written = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+    read = (source / WEIGHTS).stat().st_size
+    return Figure(name, seconds, (read + written) / seconds / 1e9, _peak_bytes() / 1e9)
+
+
+def _drop_from_cache(path: Path) -> None:
+    fsync(path)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _peak_bytes() -> int:
+    """VmHWM; ru_maxrss would begin with the resident set of the parent process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _in_a_process(name: str, source: Path, folder: Path) -> Figure:
+    target = folder / "out"
+    command = [sys.executable, __file__, "--way", name, str(source), str(target)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    return Figure(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def _table(figures: list[Figure]) -> Table:
+    table = Table("way", "seconds", "GB/s read and written", "peak memory, GB")
+    for figure in figures:
+        numbers = (figure.seconds, figure.gigabytes_per_second, figure.peak_gigabytes)
+        table.add_row(figure.name, *(f"{number:.2f}" for number in numbers))
+    return table
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time and memory of an export.")
+    released = BitNetConfig()
+    parser.add_argument("--layers", type=int, default=released.num_hidden_layers)
+    parser.add_argument("--hidden", type=int, default=released.hidden_size)
+    parser.add_argument("--intermediate", type=int, default=released.intermediate_size)
+    parser.add_argument("--vocab", type=int, default=released.vocab_size)
+    parser.add_argument("--heads", type=int, default=released.num_attention_heads)
+    parser.add_argument("--kv-heads", type=int, default=released.num_key_value_heads)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the folder for temporary files)")
+    parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many counts")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--way", nargs=3, metavar=("NAME", "SRC", "OUT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _config(arguments: argparse.Namespace) -> BitNetConfig:
+    return BitNetConfig(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+    )
+
+
+def _main() -> None:
+    arguments = _arguments()
+    if arguments.way:
+        name, source, target = arguments.way
+        print(json.dumps(asdict(run_way(name, Path(source), Path(target)))))
+        return
+    if arguments.repeat < 1:
+        raise UserError(f"--repeat must be at least 1, got {arguments.repeat}")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        make_model(folder / "model", _config(arguments))
+        rounds = [[_in_a_process(way, folder / "model", folder) for way in WAYS] for _ in range(arguments.repeat)]
+    figures = [min(tries, key=lambda figure: figure.seconds) for tries in zip(*rounds, strict=True)]
+    Console().print(_table(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(_main)

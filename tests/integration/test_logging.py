@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_train.training.health import NAMES
 from tests.runs import Train, metrics, trainer_in
-from tests.support import TINY_OVERRIDES, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import ROOT, TINY_OVERRIDES, python, text_rows, tiny_tokenizer, write_jsonl
 
 wandb_messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 

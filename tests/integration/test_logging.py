@@ -1,15 +1,18 @@
-"""TensorBoard and W&B hold what metrics.jsonl holds; samples are written at validation; reports and curves are drawn."""
+"""TensorBoard and W&B hold what metrics.jsonl holds; samples, reports and curves are written."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
+from bitnet_train.training.health import NAMES
 from tests.runs import Train, metrics, trainer_in
-from tests.support import TINY_OVERRIDES, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import ROOT, TINY_OVERRIDES, python, text_rows, tiny_tokenizer, write_jsonl
+
+wandb_messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 RUN = [
     "+recipe=quickstart-pretrain",
@@ -80,7 +83,7 @@ def wandb_values(file: Path) -> dict[tuple[str, int], float]:
     """Every value of an offline run by name and step."""
     values = {}
     for data in wandb_records(file):
-        record = wandb_internal_pb2.Record()
+        record = wandb_messages.Record()
         record.ParseFromString(data)
         items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
         for name, value in items.items():
@@ -102,3 +105,35 @@ def test_samples_are_written_at_every_validation(train: Train) -> None:
         (s, p) for s in (0, 2, 4) for p in ("fox", "dog")
     ]
     assert all(sample["text"] for sample in samples)
+
+
+def test_a_report_shows_every_curve_and_every_layer(folder: Path, train: Train) -> None:
+    pytest.importorskip("matplotlib")
+    run_dir = train("report", *RUN)
+    result = python(str(ROOT / "tools/report.py"), "report", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    page = (run_dir / "report.html").read_text()
+    titles = set(re.findall("<h2>(.*?)</h2>", page))
+    assert {"Loss, nats", "Learning rate", "Weight decay", "Tokens per second", "Share of the codes"} <= titles
+    assert {f"Every layer: {name.replace('_', ' ')}" for name in NAMES} <= titles
+    assert page.count("<svg") == len(titles)
+    assert "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!#)', page.replace('xlink:href="data:', ""))  # nothing from elsewhere
+
+
+def test_a_report_of_what_is_no_run_is_refused(folder: Path) -> None:
+    result = python(str(ROOT / "tools/report.py"), "tokenizer", cwd=folder)
+    assert (result.returncode, result.stderr) == (2, "error: tokenizer: no metrics.jsonl; give a run directory\n")
+
+
+def test_the_schedule_of_a_recipe_is_drawn(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = python(str(ROOT / "tools/plot_schedule.py"), "+recipe=pretrain", "max_steps=1000", "out.png", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_schedule_of_unknown_length_is_refused(folder: Path) -> None:
+    result = python(str(ROOT / "tools/plot_schedule.py"), "+recipe=sft", cwd=folder)
+    assert result.returncode == 2
+    assert "add max_steps=N" in result.stderr

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitnet_train.config import recipe_names
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.evaluation.perplexity import evaluate
+from bitnet_train.model.pretrained import load_for_inference
 from tests.runs import Train, last, metrics, trainer_in
 from tests.support import TINY_OVERRIDES, chat_rows, preference_rows, sentence, text_rows, tiny_tokenizer, write_jsonl
 
@@ -107,6 +110,17 @@ def test_labels_decide_what_is_learned(train: Train) -> None:
     assert last(swapped, "val/rewards/accuracies") < 0.5
     assert last(shuffled, "val/loss") == pytest.approx(math.log(2), abs=0.02)
     assert abs(last(shuffled, "val/rewards/margins")) < 0.05 < last(right, "val/rewards/margins")
+
+
+def test_validation_counts_what_evaluation_counts(folder: Path, train: Train) -> None:
+    """Perplexity and bits per byte; float32, and rows of one length."""
+    run = [*STAGES["pretrain"], *RUN, "max_steps=1", "data.val=text.jsonl", "trainer.precision=32-true"]
+    run_dir = train("validated", *run)
+    model, tokenizer = load_for_inference(run_dir / "model"), Tokenizer.from_folder(run_dir / "model")
+    expected = evaluate(model, tokenizer, str(folder / "text.jsonl"), sequence_length=127)
+    assert last(run_dir, "val/loss") == pytest.approx(expected["nll"], rel=1e-4)
+    assert last(run_dir, "val/perplexity") == pytest.approx(expected["perplexity"], rel=1e-3)
+    assert last(run_dir, "val/bits_per_byte") == pytest.approx(expected["bits_per_byte"], rel=1e-4)
 
 
 def test_codes_flip_where_weights_move_and_nowhere_else(train: Train) -> None:

@@ -30,9 +30,7 @@ def test_a_report_says_what_agrees_and_what_was_not_run() -> None:
     other = Report("transformers", Agreement(3.0, 0.1, 9.0, 1.0, 50.0))
     assert not other.agrees
     assert str(other).startswith("error: transformers: KL 3 nats")
-    assert (
-        str(Report("llama.cpp", None, "llama_cpp is not installed")) == "llama.cpp not run: llama_cpp is not installed"
-    )
+    assert str(Report("llama.cpp", None, "not installed")) == "llama.cpp not run: not installed"
 
 
 @pytest.mark.parametrize("package", ["transformers", "ik_llama_cpp"])
@@ -50,9 +48,7 @@ def test_a_runtime_that_is_not_installed_is_named(
 def test_another_function_makes_the_command_fail(
     master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "bitnet_train.export.runtimes.transformers_logits", lambda folder, ids: torch.randn(len(ids), 304)
-    )
+    monkeypatch.setattr("bitnet_train.export.runtimes.transformers_logits", lambda _, ids: torch.randn(len(ids), 304))
     assert run([str(master), str(tmp_path / "out"), "--format", "safetensors", "--verify"]) == 1
     captured = capsys.readouterr()
     assert "verified: " in captured.out

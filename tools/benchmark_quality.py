@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -89,11 +90,16 @@ def validation(run_dir: Path, name: str, which: int) -> float:
     return float([event[name] for event in events if name in event][which])
 
 
+def last_loss(run: Callable[[int], Path]) -> Callable[[int], float]:
+    """The last validation loss of the run that a seed gives."""
+    return lambda seed: validation(run(seed), "val/loss", -1)
+
+
 def figures(options: Options) -> dict[str, Callable[[int], float]]:
     """Every figure of the module's text, as a function of the seed."""
     return {
-        **{name: lambda seed, n=name: validation(options.pretrained(n, seed), "val/loss", -1) for name in PRETRAIN},
-        **{name: lambda seed, n=name: validation(options.tuned(n, seed), "val/loss", -1) for name in SFT},
+        **{name: last_loss(partial(options.pretrained, name)) for name in PRETRAIN},
+        **{name: last_loss(partial(options.tuned, name)) for name in SFT},
         "dpo": lambda seed: validation(options.aligned(seed), "val/rewards/accuracies", -1),
         "likelihood": lambda seed: validation(options.aligned(seed), "val/logps/accuracies", 0),
     }

@@ -81,9 +81,12 @@ def test_ties_are_rare() -> None:
 @given(sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 5, 64, 123]), st.sampled_from([1, 7, 61])))
 def test_without_norm_the_codes_are_those_of_quant(sizes: tuple[int, int, int]) -> None:
     tokens, size, out = sizes
-    x, weight, bias = torch.randn(tokens, size), torch.randn(out, size), torch.randn(out)
-    y = normed_bit_linear(x, [weight], bias=bias)
-    assert_same([y], bit_linear(x, [weight], [bias]), 1e-5)
+    shapes = ((tokens, size), (out, size), (out,))
+    x, weight, bias = inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y, (expected,) = normed_bit_linear(x, [weight], bias=bias), bit_linear(x, [weight], [bias])
+    assert_same([y], [expected], 1e-5)
+    grad = torch.randn_like(y)
+    assert_same(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), 2e-5)
 
 
 def test_autocast_decides_the_dtype_and_masters_get_float32_gradients() -> None:

@@ -30,6 +30,42 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_z_loss_and_a_factor_before_the_backward_pass(autocast: bool) -> None:
+    hidden, weight, labels = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = 3.0 * cross_entropy_sum(hidden, weight, labels, z_loss=0.1)
+    kept = labels != IGNORE_INDEX
+    logits = (hidden @ weight.t())[kept]
+    z = logits.logsumexp(dim=-1).square().sum()
+    plain = 3.0 * (F.cross_entropy(logits, labels[kept], reduction="sum") + 0.1 * z)
+    tolerance = 2e-2 if autocast else 1e-5
+    assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
+    wanted = torch.autograd.grad(plain, (hidden, weight))
+    for got, want in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= tolerance * want.norm()
+
+
+def test_each_log_probability_has_its_own_gradient() -> None:
+    hidden, weight, labels = problem()
+    factors = torch.randn(labels.shape)
+    kept = labels != IGNORE_INDEX
+    plain = (hidden @ weight.t()).log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    wanted = torch.autograd.grad((plain * factors)[kept].sum(), (hidden, weight))
+    got = torch.autograd.grad((token_logps(hidden, weight, labels) * factors).sum(), (hidden, weight))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_there_once() -> None:
+    hidden, weight, labels = problem()
+    loss = cross_entropy_sum(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        loss.backward()
+
+
 def test_token_logps_stand_where_their_labels_are() -> None:
     hidden, weight, labels = problem()
     logps = token_logps(hidden, weight, labels)

@@ -33,12 +33,12 @@ from rich.table import Table
 
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import UserError, run_command
-from bitnet_train.export import export
+from bitnet_train.export.cli import run as export_command
 from bitnet_train.formats.atomic import fsync
 from bitnet_train.formats.hf_folder import CONFIG, write_json
 from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensor, write_weights
 from bitnet_train.model.config import BitNetConfig
-from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.skeleton import skeleton, tensor_shapes
 
 _CHUNK = 1 << 22
 
@@ -55,8 +55,7 @@ class Figure:
 
 def make_model(folder: Path, config: BitNetConfig) -> None:
     """A folder of random bfloat16 masters with a tokenizer, written one matrix at a time."""
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in BitNetForCausalLM(config).state_dict().items()}
+    shapes = tensor_shapes(skeleton(config))
 
     def tensor(name: str) -> LazyTensor:
         return LazyTensor(
@@ -102,21 +101,18 @@ def pack_weights(source: Path, target: Path) -> None:
     fsync(target)
 
 
-def _i2_s(verify: bool) -> Callable[[Path, Path], object]:
-    return lambda source, target: export(source, target, format="gguf", type="i2_s", verify=verify)
-
-
-def _safetensors(verify: bool) -> Callable[[Path, Path], object]:
-    return lambda source, target: export(source, target, format="safetensors", verify=verify)
+def _command(*options: str) -> Callable[[Path, Path], object]:
+    """bitnet-export with these options."""
+    return lambda source, target: export_command([str(source), str(target), *options])
 
 
 WAYS: dict[str, Callable[[Path, Path], object]] = {
     "copy": copy,
     "read and write": read_and_write,
-    "safetensors": _safetensors(verify=False),
-    "safetensors, verified": _safetensors(verify=True),
-    "i2_s": _i2_s(verify=False),
-    "i2_s, verified": _i2_s(verify=True),
+    "safetensors": _command("--format=safetensors", "--no-verify"),
+    "safetensors, verified": _command("--format=safetensors"),
+    "i2_s": _command("--format=gguf", "--no-verify"),
+    "i2_s, verified": _command("--format=gguf"),
     "pack_weights": pack_weights,
 }
 

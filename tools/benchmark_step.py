@@ -14,6 +14,7 @@ round against the dense twin (bf16 autocast, plain Linear) and reported as media
 import argparse
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -226,9 +227,9 @@ def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> None:
     config = BitNetConfig(arguments.vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True)
     ids = torch.randint(arguments.vocab, (arguments.tokens // arguments.seq, arguments.seq), device=device)
     trainers = {name: Trainer(CONTESTANTS[name], config, device) for name in arguments.contestants}
-    for trainer in trainers.values():
-        for _ in range(2):
-            trainer.step(ids)
+    for name, trainer in trainers.items():
+        seconds = [trainer.step(ids) for _ in range(2)]
+        print(f"{shape} {name}: first steps {seconds[0]:.1f} s, {seconds[1]:.1f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():

@@ -14,6 +14,7 @@ from bitnet_train.export.source import open_source
 from bitnet_train.export.targets import FORMATS, GGUF_TYPES, TARGETS, refusal
 from bitnet_train.formats.hf_folder import LINEAR_CLASSES
 from bitnet_train.formats.safetensors_file import MAX_SHARD_BYTES
+from bitnet_train.memory import keep_freed_memory
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Exports as the command line says; 1 where the verification found a difference, or writing failed."""
+    keep_freed_memory()
     args = _parser().parse_args(arguments)
     if args.list:
         return _list(args)

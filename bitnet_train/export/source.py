@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
 from bitnet_train.errors import UserError
 from bitnet_train.export.checkpoint import STATE, CheckpointWeights
 from bitnet_train.formats.gguf_bitnet import gguf_name
@@ -34,6 +32,7 @@ from bitnet_train.formats.tokenizer_files import TokenizerFiles
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.skeleton import skeleton, tensor_shapes
 from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, located
 
 
@@ -78,12 +77,12 @@ class Source:
 
     @cached_property
     def _skeleton(self) -> BitNetForCausalLM:
-        return _skeleton(self.config)
+        return skeleton(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the model, codes unpacked."""
-        return _shapes(self._skeleton)
+        return tensor_shapes(self._skeleton)
 
     @cached_property
     def ternary_names(self) -> dict[str, None]:
@@ -187,7 +186,7 @@ def _gguf(path: Path) -> Source:
     file = GGUFFile(path)
     config_json = gguf_config(file)
     config = _config(path, config_json)
-    names = {gguf_name(name): name for name in _shapes(_skeleton(config))}
+    names = {gguf_name(name): name for name in tensor_shapes(skeleton(config))}
     shapes = {names.get(stored, stored): info.shape for stored, info in file.tensors.items()}
     tokenizer = GGUFTokenizer(path, file.metadata)
     name = str(file.metadata.get("general.name", path.stem))
@@ -220,13 +219,3 @@ def _config(path: Path, config_json: Mapping[str, Any]) -> BitNetConfig:
         return BitNetConfig.from_json(config_json)
     except TypeError as error:
         raise UserError(f"{path / CONFIG}: a field has the wrong type ({error}); write it again") from None
-
-
-def _skeleton(config: BitNetConfig) -> BitNetForCausalLM:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return BitNetForCausalLM(config)
-
-
-def _shapes(model: BitNetForCausalLM) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -54,7 +54,14 @@ _KEYS = {
 _ROPE_SCALING = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
 _ROPE_KEYS = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 _FLOATS = ("rope_theta", "rms_norm_eps", "factor")  # float32 in a file, also where config.json has 500000
-_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}  # what the graphs compute with, beside an attention factor by yarn
+_ROPE_DEFAULTS = {  # what the graphs compute with, beside an attention factor by yarn
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+}
 
 
 def gguf_name(name: str) -> str:
@@ -102,7 +109,7 @@ def _rope_keys(rope: Mapping[str, Any]) -> dict[str, object]:
     if kind == "default":
         return {}
     others = {key: rope[key] for key, value in _ROPE_DEFAULTS.items() if rope.get(key) not in (None, value)}
-    if kind not in _ROPE_SCALING or others or rope.get("attention_factor") is not None:
+    if kind not in _ROPE_SCALING or others:
         raise ValueError(
             f"rope scaling must be linear, or yarn with the paper's constants, for GGUF's graphs, got {dict(rope)}"
         )

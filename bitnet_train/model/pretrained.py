@@ -15,6 +15,7 @@ from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.skeleton import uninitialized
 from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, whole
 
 
@@ -109,7 +110,8 @@ def load_for_inference(source: Path) -> BitNetForCausalLM:
 @torch.no_grad()
 def load_weights(config: BitNetConfig, weights: Weights) -> BitNetForCausalLM:
     """The decoder of a stored model in float32, every ternary matrix as codes and scale: inference only."""
-    model = BitNetForCausalLM(config)
+    with uninitialized():
+        model = BitNetForCausalLM(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, BitLinear):
             weight = weights.ternary(f"{name}.weight")

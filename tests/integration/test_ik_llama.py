@@ -18,7 +18,7 @@ from bitnet_train.export import export
 from bitnet_train.export.llama_process import IK_LLAMA, RuntimeFailure, ask
 from bitnet_train.export.runtimes import compare, iq2_bn_logits
 from bitnet_train.export.source import open_source
-from tests.folders import TEXT, write_master
+from tests.folders import TEXT, edit_config, write_master
 from tests.integration.conftest import SHAPE, Trained
 
 pytest.importorskip("ik_llama_cpp")
@@ -51,6 +51,28 @@ def test_ik_llama_computes_the_trained_function(
         bound < 0.01
     ):  # an untied head of random weights is three times as large as an embedding: perplexity moves by 1 %
         assert report.agreement.perplexity_ratio == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
+    ],
+    ids=["linear", "yarn"],
+)
+def test_ik_llama_scales_positions_as_they_were_trained(tmp_path: Path, scaling: dict[str, object]) -> None:
+    write_master(tmp_path / "master", SHAPE)
+    edit_config(tmp_path / "master", rope_scaling=scaling)
+    export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", type="f32")
+    (tmp_path / "text").write_text(TEXT)
+    (scaled,) = compare(tmp_path / "master", tmp_path / "model.gguf", tmp_path / "text")
+    edit_config(tmp_path / "master", rope_scaling=None)
+    (unscaled,) = compare(tmp_path / "master", tmp_path / "model.gguf", tmp_path / "text")
+    assert scaled.agreement is not None, scaled
+    assert unscaled.agreement is not None, unscaled
+    assert scaled.agreement.kl < 2e-3
+    assert unscaled.agreement.kl > 5 * scaled.agreement.kl
 
 
 @pytest.mark.parametrize("type", ["i2_s", "f16"])

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 
@@ -150,6 +152,16 @@ def test_a_large_file_is_hashed_again_only_when_it_has_changed(text: str, monkey
     monkeypatch.setattr(digests, "sha256_of", None)
     with pytest.raises(TypeError):  # changed just now: not remembered
         digests.file_digest(file, memory)
+
+
+def test_a_data_set_of_the_hub_is_keyed_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["one", "one", "two"])
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: SimpleNamespace(hash=next(commits)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: text_rows(3))
+    monkeypatch.chdir(tmp_path)
+    for count in (1, 1, 2):
+        assert len(tokenized(["owner/name:config@split"], TEXT, tmp_path / "cache", num_proc=1)) == 3
+        assert len(stores(str(tmp_path / "any"))) == count
 
 
 # ---- torn and foreign ----

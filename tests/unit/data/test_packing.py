@@ -25,6 +25,17 @@ def test_a_stream_predicts_every_token_but_the_first_of_each_document_once(
     assert got == [token for document in documents for token in document[1:]]
 
 
+@given(st.lists(DOCUMENTS, min_size=1, max_size=4), st.integers(2, 17))
+def test_a_stream_of_several_stores_is_that_of_their_documents_in_a_row(
+    stores: list[list[list[int]]], length: int
+) -> None:
+    apart = StreamRows([span_of(documents) for documents in stores], length, pad_id=0)
+    joined = StreamRows([span_of([document for documents in stores for document in documents])], length, pad_id=0)
+    assert len(apart) == len(joined)
+    for index in range(len(apart)):
+        assert [field.tolist() for field in apart[index]] == [field.tolist() for field in joined[index]]
+
+
 @given(DOCUMENTS, st.integers(40, 60))
 def test_packed_conversations_are_whole_and_trained_once(conversations: list[list[int]], length: int) -> None:
     trained = [[i % 3 == 1 for i in range(len(c))] for c in conversations]
@@ -45,6 +56,7 @@ def test_best_fit_places_every_item_once_and_fills_no_bin_too_full(lengths: list
 
 def test_best_fit_by_hand() -> None:
     assert best_fit(np.array([6, 5, 4, 5]), 10).tolist() == [0, 1, 0, 1]
+    assert best_fit(np.array([7, 6, 3]), 10).tolist() == [0, 1, 0]  # the room of 3, not that of 4
 
 
 def test_positions_restart_with_every_document() -> None:

@@ -99,6 +99,8 @@ def test_rope_scaling_is_stored_and_read_back(rope: dict[str, Any], keys: dict[s
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 16},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "attention_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "mscale": 0.7},
     ],
 )
 def test_rope_scaling_that_the_graphs_do_not_compute_is_refused(rope: dict[str, object]) -> None:

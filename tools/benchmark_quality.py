@@ -18,9 +18,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -90,19 +89,15 @@ def validation(run_dir: Path, name: str, which: int) -> float:
     return float([event[name] for event in events if name in event][which])
 
 
-def last_loss(run: Callable[[int], Path]) -> Callable[[int], float]:
-    """The last validation loss of the run that a seed gives."""
-    return lambda seed: validation(run(seed), "val/loss", -1)
-
-
-def figures(options: Options) -> dict[str, Callable[[int], float]]:
-    """Every figure of the module's text, as a function of the seed."""
-    return {
-        **{name: last_loss(partial(options.pretrained, name)) for name in PRETRAIN},
-        **{name: last_loss(partial(options.tuned, name)) for name in SFT},
-        "dpo": lambda seed: validation(options.aligned(seed), "val/rewards/accuracies", -1),
-        "likelihood": lambda seed: validation(options.aligned(seed), "val/logps/accuracies", 0),
-    }
+def figure(options: Options, name: str, seed: int) -> float:
+    """A figure of the module's text, for one seed."""
+    if name in PRETRAIN:
+        return validation(options.pretrained(name, seed), "val/loss", -1)
+    if name in SFT:
+        return validation(options.tuned(name, seed), "val/loss", -1)
+    if name == "dpo":
+        return validation(options.aligned(seed), "val/rewards/accuracies", -1)
+    return validation(options.aligned(seed), "val/logps/accuracies", 0)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -112,7 +107,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def measure(options: Options, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """The figures by name, and the differences of those that are measured."""
-    values = {name: [figures(options)[name](seed) for seed in range(options.seeds)] for name in names}
+    values = {name: [figure(options, name, seed) for seed in range(options.seeds)] for name in names}
     results = {name: spread(of_seeds) for name, of_seeds in values.items()}
     for left, right in DIFFERENCES:
         if left in values and right in values:
@@ -124,8 +119,8 @@ def measure(options: Options, names: Sequence[str]) -> dict[str, dict[str, float
 def show(results: dict[str, dict[str, float]], seeds: int) -> None:
     """The results as a table."""
     table = Table("figure", "mean", f"standard deviation over {seeds} seeds")
-    for name, figure in results.items():
-        table.add_row(name, f"{figure['mean']:.4f}", f"{figure['sd']:.4f}")
+    for name, result in results.items():
+        table.add_row(name, f"{result['mean']:.4f}", f"{result['sd']:.4f}")
     Console().print(table)
 
 

@@ -82,7 +82,7 @@ class TernaryHealth:
             packed = pack(codes)
             flipped = flips(self.codes.get(prefix + name, packed), packed)
             distance = (matrix.weight.abs() / scale - 0.5).abs().sum()
-            minus, plus = (codes < 0).sum(), (codes > 0).sum()
+            minus, plus = torch.count_nonzero(codes < 0), torch.count_nonzero(codes > 0)
             count = torch.full_like(minus, codes.numel())
             of_matrix = (minus, count - minus - plus, plus, flipped, distance, count, scale, torch.ones_like(scale))
             sums += torch.stack([value.double() for value in of_matrix])
@@ -130,7 +130,7 @@ def _figures(table: Tensor) -> Tensor:
 def _note(noted: list[Tensor], module: nn.Module, inputs: tuple[Tensor]) -> None:
     """A hook before a forward pass."""
     codes = quantize_activation(inputs[0]).codes
-    saturated = (codes.abs() == INT8_MAX).sum()
+    saturated = torch.count_nonzero(codes.abs() == INT8_MAX)
     sums = (saturated, torch.full_like(saturated, codes.numel()), inputs[0].abs().max())
     noted.append(torch.stack([value.double() for value in sums]))
 
@@ -149,4 +149,4 @@ def flips(before: Tensor, after: Tensor) -> Tensor:
     """How many codes differ between two results of `pack`: int64, shape ()."""
     differs = before ^ after
     differs = (differs | differs >> 1) & _LOWER_BITS
-    return torch.stack([(differs >> 2 * k & 1).sum() for k in range(VALUES_PER_BYTE)]).sum()
+    return torch.stack([torch.count_nonzero(differs >> 2 * k & 1) for k in range(VALUES_PER_BYTE)]).sum()

@@ -124,7 +124,7 @@ def datasets_map(folder: Path, watch: Stopwatch) -> int:
 def trl(folder: Path, watch: Stopwatch) -> int:
     """Everything from the file to the tokenized data set that SFTTrainer trains on, before packing."""
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+    from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     config = SFTConfig(output_dir=str(folder), dataset_num_proc=available_cores(), bf16=False, max_length=None)

@@ -1,6 +1,7 @@
 """The linear layers of the decoder: BitLinear (trained), TernaryLinear (frozen codes), and several of them at once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class BitLinear(nn.Linear):
     strength = 1.0
     fuses = True
     keeps_codes = False
-    _kept: tuple[tuple[int, ...], Stacked] | None = None
+    _kept: "_Kept | None" = None
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
@@ -33,13 +34,22 @@ class BitLinear(nn.Linear):
 
     def stacked_with(self, others: Sequence["BitLinear"]) -> Stacked:
         """The codes of this layer's weight and of the others', made anew unless they are kept."""
-        weights = [self.weight, *(layer.weight for layer in others)]
-        if not self.keeps_codes:
+        weights: list[Tensor] = [self.weight, *(layer.weight for layer in others)]
+        if not self.keeps_codes or torch.is_inference_mode_enabled():  # a later backward pass could not save them
             return stack(weights)
-        versions = tuple(weight._version for weight in weights)
-        if self._kept is None or self._kept[0] != versions:
-            self._kept = versions, stack(weights)
-        return self._kept[1]
+        state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+        if self._kept is None or self._kept.state != state:
+            self._kept = _Kept(stack(weights), weights, state)
+        return self._kept.stacked
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Codes, the weights that they are of, held so that no other can take their place in memory, and their state."""
+
+    stacked: Stacked
+    weights: list[Tensor]
+    state: list[tuple[int, int, int]]
 
 
 class TernaryLinear(nn.Module):

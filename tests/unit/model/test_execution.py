@@ -13,6 +13,7 @@ from bitnet_train.model.bitlinear import BitLinear, forget_codes
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.execution import Execution
+from bitnet_train.quant import quantize_weight
 
 CONFIG = BitNetConfig(
     vocab_size=64,
@@ -98,6 +99,18 @@ def test_kept_codes_follow_the_weight() -> None:
     with torch.no_grad():
         layer.weight.neg_()
     assert torch.equal(layer.stacked_with([]).codes, -before)
+    assert layer.stacked_with([]) is layer.stacked_with([])
+    for scale in (1.0, -1.0, 1.0):
+        layer.load_state_dict({"weight": layer.weight.detach() * scale}, assign=True)
+        assert torch.equal(layer.stacked_with([]).codes, quantize_weight(layer.weight).codes)
+
+
+def test_codes_of_inference_mode_are_not_kept_for_training() -> None:
+    model = BitNetForCausalLM(CONFIG)
+    Execution().apply(model, micro_batches=2)
+    with torch.inference_mode():
+        model.model(IDS)
+    loss_and_gradients(model)
 
 
 def test_strength_leads_from_a_dense_layer_to_a_bit_linear() -> None:

@@ -10,5 +10,6 @@ def keep_freed_memory() -> None:
     """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
     libc = ctypes.util.find_library("c")
     if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
-        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        # Older releases refuse more than 32 MB; without it, the second call would make things worse.
+        if glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 25):
+            glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

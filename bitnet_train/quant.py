@@ -51,7 +51,7 @@ def absmean(weight: Tensor) -> Tensor:
     The sum runs in float64: float32 sums depend on the device and on the number of threads, and one unit in the last
     place of g moves the threshold of every code. NaN and inf go through.
     """
-    flat = weight.detach().reshape(-1)
+    flat = weight.detach().reshape(-1).contiguous()
     if native.available(flat):
         total = native.absolute_sums(flat, _CPU_BLOCK).sum()
     else:

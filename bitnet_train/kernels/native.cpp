@@ -154,19 +154,30 @@ void dequantize(const int32_t *products, const float *column, const float *scale
     }
 }
 
+// The halves of two rows of 8, element by element in turn.
+#ifdef __clang__
+#define LOWER(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define UPPER(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOWER(a, b) __builtin_shuffle(a, b, index{0, 8, 1, 9, 2, 10, 3, 11})
+#define UPPER(a, b) __builtin_shuffle(a, b, index{4, 12, 5, 13, 6, 14, 7, 15})
+#endif
+
 // Transposes 8 x 8 elements: three rounds that interleave the upper with the lower half of the rows.
 template <class T> inline void transpose8(const T *from, int64_t from_stride, T *to, int64_t to_stride) {
-    typedef T vector __attribute__((vector_size(8 * sizeof(T))));
+    typedef T vector __attribute__((vector_size(8 * sizeof(T))));  // T is an unsigned integer
+    typedef vector index [[maybe_unused]];
     vector a[8], b[8];
     for (int i = 0; i < 8; ++i) std::memcpy(&a[i], from + i * from_stride, sizeof(vector));
     for (int round = 0; round < 3; ++round) {
-        for (int i = 0; i < 4; ++i) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-        }
+        for (int i = 0; i < 4; ++i) b[2 * i] = LOWER(a[i], a[i + 4]), b[2 * i + 1] = UPPER(a[i], a[i + 4]);
         for (int i = 0; i < 8; ++i) a[i] = b[i];
     }
     for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &a[i], sizeof(vector));
+}
+
+inline void transpose8(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+    transpose8(reinterpret_cast<const uint32_t *>(from), from_stride, reinterpret_cast<uint32_t *>(to), to_stride);
 }
 
 inline void transpose8(const bf16 *from, int64_t from_stride, bf16 *to, int64_t to_stride) {

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ def available(*tensors: Tensor | None) -> bool:
     """True where native.cpp can work on these tensors: float32 and bfloat16 on CPU, outside a compiled graph."""
     present = [tensor for tensor in tensors if tensor is not None]
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in present)
+        all(
+            type(tensor) in (Tensor, Parameter) for tensor in present
+        )  # no fake, sharded or other tensor without memory
+        and all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in present)
         and not torch.compiler.is_compiling()
         and library() is not None
     )
@@ -50,7 +54,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("%s could not compile %s, torch computes the same, slower: %s", compiler, SOURCE.name, error)
         return None
 
@@ -60,12 +64,14 @@ def _compiled(compiler: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
     path = cache / f"native-{_fingerprint(compiler)}.so"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed into place: another process may do the same
             built = Path(folder) / path.name
             command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             built.replace(path)
+    if path.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     return path
 
 
@@ -86,19 +92,31 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> None:
 
 def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
     if isinstance(value, Tensor):
-        assert value.is_contiguous()
+        if not value.is_contiguous() or value.device.type != "cpu":
+            raise ValueError(f"native.cpp reads contiguous tensors on CPU, got {value.stride()} on {value.device}")
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for float32, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _vector(values: Tensor, size: int) -> Tensor:
+    """A gain or a bias as the C++ reads it: float32, one value per feature."""
+    return values.float().expand(size).contiguous()
+
+
 def quantize(x: Tensor, weight: Tensor | None, eps: float, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """Int8 codes of RMSNorm(source(x)), see `fused.quantize`: `(tokens, width)` to codes, scale and rms."""
     x = x.contiguous()
     tokens, size = len(x), x.shape[1] if activation is None else x.shape[1] // 2
-    codes = torch.empty(tokens, size, dtype=torch.int8)
-    scale, rms = torch.empty(tokens, 1), torch.empty(tokens, 1)
+    weight = None if weight is None else _vector(weight, size)
+    codes = torch.empty(tokens, size, dtype=torch.int8, device="cpu")
+    scale, rms = _floats(tokens, 1), _floats(tokens, 1)
     name = f"quantize_{_SUFFIX[x.dtype]}"
     _call(name, x, weight, tokens, size, float(eps), ACTIVATIONS[activation], codes, scale, rms)
     return codes, scale, rms
@@ -108,10 +126,10 @@ def dequantize(
     products: Tensor, column: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """products * column / scale + bias + residual in `dtype`, see `fused.dequantize`."""
-    y = torch.empty(products.shape, dtype=dtype)
+    y = torch.empty(products.shape, dtype=dtype, device="cpu")
     tokens, size = products.shape
-    bias = None if bias is None else bias.float().contiguous()
-    residual = None if residual is None else residual.to(dtype).contiguous()
+    bias = None if bias is None else _vector(bias, size)
+    residual = None if residual is None else residual.to(dtype).expand(tokens, size).contiguous()
     _call(f"dequantize_{_SUFFIX[dtype]}", products, column, scale, bias, residual, tokens, size, y)
     return y
 
@@ -122,7 +140,8 @@ def scale_gradient(grad: Tensor, column: Tensor, scale: Tensor, dtype: torch.dty
         grad = grad.float()
     grad = grad.contiguous()
     tokens, size = grad.shape
-    by_column, transposed = torch.empty(tokens, size, dtype=dtype), torch.empty(size, tokens, dtype=dtype)
+    by_column = torch.empty(tokens, size, dtype=dtype, device="cpu")
+    transposed = torch.empty(size, tokens, dtype=dtype, device="cpu")
     name = f"scale_gradient_{_SUFFIX[grad.dtype]}_{_SUFFIX[dtype]}"
     _call(name, grad, column, scale, tokens, size, by_column, transposed)
     return by_column, transposed
@@ -134,9 +153,9 @@ def norm_backward(
     """Gradients of RMSNorm(source(x)) for x and for the gain, see `fused.norm_backward`."""
     if x.dtype == torch.bfloat16:
         grad = grad.bfloat16()
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad, weight = x.contiguous(), grad.contiguous(), _vector(weight, grad.shape[1])
     tokens, size = grad.shape
-    grad_x, partial = torch.empty_like(x), torch.empty(ROW_BLOCKS, size)
+    grad_x, partial = torch.empty_like(x), _floats(ROW_BLOCKS, size)
     name = f"norm_backward_{_SUFFIX[grad.dtype]}_{_SUFFIX[x.dtype]}"
     _call(name, grad, x, weight, rms, tokens, size, ACTIVATIONS[activation], ROW_BLOCKS, grad_x, partial)
     return grad_x, partial.sum(dim=0)
@@ -162,7 +181,7 @@ def softmax_(scores: Tensor, factor: float, window: Window) -> Tensor:
         Its log-sum-exp, float32 `(heads, groups * queries)`.
     """
     heads, rows, keys = scores.shape
-    lse = torch.empty(heads, rows)
+    lse = _floats(heads, rows)
     starts, position, first = window
     name = f"softmax_{_SUFFIX[scores.dtype]}"
     _call(name, scores, heads * rows, keys, float(factor), starts, len(starts), position, first, lse)
@@ -186,7 +205,7 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
         raise IndexError(f"labels are in [{labels.min()}, {labels.max()}], the head has {vocab} rows")
-    logps, lse = torch.empty(rows), torch.empty(rows)
+    logps, lse, labels = _floats(rows), _floats(rows), labels.long().contiguous()
     _call(f"log_likelihood_{_SUFFIX[logits.dtype]}", logits, labels, rows, vocab, logps, lse)
     return logps, lse
 
@@ -194,18 +213,19 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> None:
     """Puts softmax * p_factor - onehot * label_factor in the place of the logits; factors float32 `(rows,)`."""
     rows, vocab = logits.shape
+    labels = labels.long().contiguous()
     _call(f"likelihood_gradient_{_SUFFIX[logits.dtype]}", logits, labels, lse, p_factor, label_factor, rows, vocab)
 
 
 def absolute_sums(weight: Tensor, block: int) -> Tensor:
     """sum |w| of every block of `block` weights, float64."""
-    sums = torch.empty(-(-weight.numel() // block), dtype=torch.float64)
+    sums = torch.empty(-(-weight.numel() // block), dtype=torch.float64, device="cpu")
     _call(f"absolute_sums_{_SUFFIX[weight.dtype]}", weight, weight.numel(), block, sums)
     return sums
 
 
 def ternary_codes(weight: Tensor, half: float) -> Tensor:
     """-1, 0 or 1 as int8: the comparison of weights with -half and half."""
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     _call(f"ternary_codes_{_SUFFIX[weight.dtype]}", weight, float(half), weight.numel(), codes)
     return codes

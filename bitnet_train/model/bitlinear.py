@@ -39,7 +39,7 @@ class BitLinear(nn.Linear):
             return stack(weights)
         state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
         if self._kept is None or self._kept.state != state:
-            self._kept = _Kept(stack(weights), weights, state)
+            self._kept = _Kept(stack(weights), [weight.detach() for weight in weights], state)
         return self._kept.stacked
 
 

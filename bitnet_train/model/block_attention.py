@@ -2,7 +2,9 @@
 
 A block of queries meets the keys from the start of its first query's document to its own end, so that the work is that
 of the documents, not of the rows that hold them, and the heads of a group share one product with their keys. Scores
-of one block exist at a time; the backward pass makes them again (Dao et al., FlashAttention, arXiv 2205.14135).
+of one block exist at a time, in the dtype of q; the backward pass makes them again (Dao et al., FlashAttention, arXiv
+2205.14135). In bfloat16 they are rounded before the softmax, which torch's attention keeps in float32: with scores
+above 50 its gradients are several times closer (`execution.attention=sdpa`).
 
     p = softmax(q k^T f)        dv = p^T do        ds = p (do v^T - sum(p do v^T)) f        dq = ds k        dk = ds^T q
 """
@@ -55,7 +57,7 @@ class _BlockAttention(Function):
         q, k, v, starts, *lse = ctx.saved_tensors
         (batch, heads, seq, dim), kv_heads = q.shape, k.shape[1]
         grad_q = q.new_empty(batch, seq, heads, dim).transpose(1, 2)
-        grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         for (row, queries, keys, window), block_lse in zip(_blocks(starts), lse, strict=True):
             rows, grads = (_grouped(x[row, :, queries], kv_heads) for x in (q, grad))
             p = rows @ k[row, :, keys].transpose(1, 2)
@@ -84,5 +86,5 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     Returns:
         `(batch, heads, seq, head_dim)`, laid out as `(batch, seq, heads, head_dim)`.
     """
-    output: Tensor = _BlockAttention.apply(q, k, v, starts.contiguous())  # type: ignore[no-untyped-call]
+    output: Tensor = _BlockAttention.apply(q, k, v, starts.expand(len(q), -1).contiguous())  # type: ignore[no-untyped-call]
     return output

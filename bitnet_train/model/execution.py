@@ -38,7 +38,8 @@ class Execution:
         Args:
             model: the decoder.
             micro_batches: forward passes per update. With several, or where the backward pass repeats a forward pass,
-                ternary codes are kept in between; `bitlinear.forget_codes` is due after every update.
+                ternary codes are kept in between (not in compiled layers); `bitlinear.forget_codes` is due after every
+                update.
         """
         for layer in model.model.layers:
             assert isinstance(layer, BitNetDecoderLayer)
@@ -48,4 +49,4 @@ class Execution:
         for module in model.modules():
             if isinstance(module, BitNetAttention):
                 module.backend = self.attention
-        keep_codes(model, micro_batches > 1 or self.activation_checkpointing != "none")
+        keep_codes(model, not self.compile and (micro_batches > 1 or self.activation_checkpointing != "none"))

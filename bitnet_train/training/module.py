@@ -128,7 +128,9 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the decoder's parameters."""
-        return self.optimizer_config.build(self.model.named_parameters())
+        optimizer = self.optimizer_config.build(self.model.named_parameters())
+        optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""
@@ -209,7 +211,6 @@ class TrainingModule(L.LightningModule):
         if self._micro_batches == self.trainer.accumulate_grad_batches:
             self._micro_batches = 0
             self.step += 1
-            forget_codes(self.model)
             self._log_training(tokens_of(batch))
         self._throughput.batch_asked_for()
 

@@ -108,6 +108,28 @@ def test_likelihood(in_torch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     )
 
 
+def test_any_gain_and_any_default_dtype(in_torch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 or strided gain, and a default dtype that is not float32, reach the C++ as what it reads."""
+    x, gain = torch.randn(6, 40), torch.rand(80).bfloat16()[::2] + 0.5
+    compiled, eager = both(in_torch, lambda: fused.quantize(x, Norm(gain, 1e-5), None))
+    for got, want in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = fused.quantize(x, Norm(gain, 1e-5), None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(again, compiled, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_library_of_somebody_else_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        native._compiled("c++")
+
+
 def test_labels_outside_of_the_head_are_refused() -> None:
     with pytest.raises(IndexError, match=r"labels are in \[0, 5\], the head has 5 rows"):
         native.log_likelihood(torch.randn(2, 5), torch.tensor([0, 5]))

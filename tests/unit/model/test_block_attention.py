@@ -46,6 +46,12 @@ def test_outputs_and_gradients(
         assert (a - b).norm() <= tolerance * b.norm() + 1e-9
 
 
+def test_one_row_of_starts_serves_every_row() -> None:
+    q, k, v = (heads(2, 20, 8, torch.float32) for _ in range(3))
+    starts = Documents(torch.arange(20)[None] // 7).starts
+    assert torch.equal(block_attention(q, k, v, starts), block_attention(q, k, v, starts.expand(3, -1)))
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = (heads(2, 20, 8, torch.float32) for _ in range(3))
     output = block_attention(q * 1e4, k * 1e4, v, torch.zeros(3, 20, dtype=torch.int64))

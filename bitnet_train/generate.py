@@ -83,7 +83,7 @@ def complete(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text with a run's result, a master folder or a packed one.")
-    parser.add_argument("source", metavar="SRC", help="run directory or HF folder (master or packed)")
+    parser.add_argument("source", metavar="SRC", help="run directory, HF folder (master or packed) or GGUF file")
     parser.add_argument("--prompt", required=True, help="text to continue, or the user's message with --chat")
     parser.add_argument("--chat", action="store_true", help="send the prompt through the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")

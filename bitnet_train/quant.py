@@ -52,7 +52,7 @@ def absmean(weight: Tensor) -> Tensor:
     place of g moves the threshold of every code. NaN and inf go through.
     """
     flat = weight.detach().reshape(-1)
-    if flat.dtype == torch.float32 and native.available(flat):
+    if native.available(flat):
         total = native.absolute_sums(flat, _CPU_BLOCK).sum()
     else:
         blocks = flat.split(_CPU_BLOCK) if flat.device.type == "cpu" else (flat,)
@@ -66,9 +66,10 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     Written as a comparison with g / 2, which is the same for every float32 W: g / 2 is exact, and |W| > g / 2 means
     that |W / g| lies more than half a unit in the last place above 0.5, so that it rounds to a number above 0.5.
     """
-    half, weight = scale / 2, weight.detach().float()
+    half, weight = scale / 2, weight.detach()
     if weight.is_contiguous() and native.available(weight):
         return native.ternary_codes(weight, float(half))
+    weight = weight.float()
     return torch.gt(weight, half).view(torch.int8) - torch.lt(weight, -half).view(torch.int8)
 
 

@@ -13,7 +13,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(
         description="Negative log-likelihood, perplexity and bits per byte of held-out data."
     )
-    parser.add_argument("source", metavar="SRC", help="run directory or HF folder (master or packed)")
+    parser.add_argument("source", metavar="SRC", help="run directory, HF folder (master or packed) or GGUF file")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="documents or conversations")
     parser.add_argument("--sequence-length", type=int, default=None, metavar="N", help="positions per row")
     arguments = parser.parse_args()

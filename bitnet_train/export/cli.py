@@ -150,7 +150,8 @@ def _report(result: ExportResult) -> bool:
 def _runtimes(args: argparse.Namespace) -> bool:
     """Prints what the runtimes compute with the result; False where one computes another function."""
     agree = True
-    for report in runtimes.compare(args.source, args.target, args.text):
+    source = open_source(args.source, quantize=args.quantize, tokenizer=args.tokenizer)
+    for report in runtimes.compare(source, args.target, args.text):
         print(report, file=sys.stdout if report.agrees else sys.stderr)
         agree = agree and report.agrees
     return agree

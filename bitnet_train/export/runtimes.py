@@ -75,11 +75,11 @@ class Sample(NamedTuple):
     logits: Tensor
 
 
-def compare(source: Path, written: Path, text: Path | None = None) -> Iterator[Report]:
+def compare(source: Source | Path, written: Path, text: Path | None = None) -> Iterator[Report]:
     """Runs an export in the runtime that is meant for it, and the trained model here.
 
     Args:
-        source: the model that was exported.
+        source: the model that was exported, or where it is.
         written: the folder or GGUF file.
         text: what to run; pages of Python's help if absent.
     """
@@ -87,7 +87,7 @@ def compare(source: Path, written: Path, text: Path | None = None) -> Iterator[R
     if not llama_process.installed(runtime.package):
         yield Report(runtime.name, None, f"{runtime.package} is not installed")
         return
-    model = open_source(source)
+    model = open_source(source) if isinstance(source, Path) else source
     try:
         sample = take_sample(model, text)
         logits = runtime.logits(written, sample.ids)

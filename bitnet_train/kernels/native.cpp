@@ -350,6 +350,24 @@ void likelihood_gradient(Y *logits, const int64_t *labels, const float *lse, con
     }
 }
 
+// sum |w| of every block of `block` weights, in float64.
+template <class X> void absolute_sums(const X *w, int64_t count, int64_t block, double *sums) {
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < count; start += block) {
+        int64_t end = std::min(start + block, count);
+        double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = start; i < end; ++i) sum += double(std::fabs(load(w[i])));
+        sums[start / block] = sum;
+    }
+}
+
+// -1 where w < -half, 1 where w > half, else 0.
+template <class X> void ternary_codes(const X *w, float half, int64_t count, int8_t *codes) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; ++i) codes[i] = int8_t((load(w[i]) > half) - (load(w[i]) < -half));
+}
+
 }  // namespace
 
 extern "C" {
@@ -411,21 +429,9 @@ ATTENTION(bf16, softmax_bf16, softmax_backward_bf16)
 LIKELIHOOD(float, log_likelihood_f32, likelihood_gradient_f32)
 LIKELIHOOD(bf16, log_likelihood_bf16, likelihood_gradient_bf16)
 
-// sum |w| of every block of `block` weights, in float64.
-void absolute_sums(const float *w, int64_t count, int64_t block, double *sums) {
-#pragma omp parallel for schedule(static)
-    for (int64_t start = 0; start < count; start += block) {
-        int64_t end = start + block < count ? start + block : count;
-        double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < end; ++i) sum += double(std::fabs(w[i]));
-        sums[start / block] = sum;
-    }
-}
-
-// -1 where w < -half, 1 where w > half, else 0.
-void ternary_codes(const float *w, float half, int64_t count, int8_t *codes) {
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; ++i) codes[i] = int8_t((w[i] > half) - (w[i] < -half));
-}
+#define WEIGHTS(X, SUMS, CODES)                                                                                        \
+    void SUMS(const X *w, int64_t count, int64_t block, double *sums) { absolute_sums(w, count, block, sums); }        \
+    void CODES(const X *w, float half, int64_t count, int8_t *codes) { ternary_codes(w, half, count, codes); }
+WEIGHTS(float, absolute_sums_f32, ternary_codes_f32)
+WEIGHTS(bf16, absolute_sums_bf16, ternary_codes_bf16)
 }

@@ -198,14 +198,14 @@ def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: 
 
 
 def absolute_sums(weight: Tensor, block: int) -> Tensor:
-    """sum |w| of every block of `block` float32 weights, float64."""
+    """sum |w| of every block of `block` weights, float64."""
     sums = torch.empty(-(-weight.numel() // block), dtype=torch.float64)
-    _call("absolute_sums", weight, weight.numel(), block, sums)
+    _call(f"absolute_sums_{_SUFFIX[weight.dtype]}", weight, weight.numel(), block, sums)
     return sums
 
 
 def ternary_codes(weight: Tensor, half: float) -> Tensor:
-    """-1, 0 or 1 as int8: the comparison of float32 weights with -half and half."""
+    """-1, 0 or 1 as int8: the comparison of weights with -half and half."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    _call("ternary_codes", weight, float(half), weight.numel(), codes)
+    _call(f"ternary_codes_{_SUFFIX[weight.dtype]}", weight, float(half), weight.numel(), codes)
     return codes

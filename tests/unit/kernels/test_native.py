@@ -84,9 +84,10 @@ def test_scales_of_both_directions(in_torch: pytest.MonkeyPatch, dtype: torch.dt
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 1000, 300_001])
-def test_weights(in_torch: pytest.MonkeyPatch, count: int) -> None:
-    weight = torch.randn(count)
+def test_weights(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
+    weight = torch.randn(count).to(dtype)
     scale = absmean(weight)
     weight[0] = scale / 2  # a tie: no more than half
     compiled, eager = both(in_torch, lambda: (absmean(weight), ternary_codes(weight, scale)))

@@ -159,18 +159,23 @@ class _NormedBitLinears(Function):
         x, gain, codes, scale, rms, ternary, column = ctx.saved_tensors
         by_column, by_scale = scale_gradient(grad, column, scale, ctx.dtype)
         grad_v = by_column @ ternary.to(ctx.dtype)
-        grad_weight = by_scale @ codes.to(ctx.dtype)  # int8 codes are exact in bfloat16
-        grad_weights = [
-            part.to(dtype) if needed else None
-            for part, (_, dtype), needed in zip(
-                grad_weight.split([size for size, _ in ctx.weights]), ctx.weights, ctx.needs_input_grad[8:], strict=True
-            )
-        ]
+        grad_weights = _grad_weights(by_scale, codes, ctx.weights, ctx.needs_input_grad[8:])
         norm = None if gain is None else Norm(gain, ctx.eps)
         grad_x, grad_gain = norm_backward(grad_v, grad_v.to(ctx.x_dtype) if x is None else x, norm, rms, ctx.activation)
         grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
         grad_bias = None if ctx.bias_dtype is None else grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_residual, grad_gain, grad_bias, None, None, None, None, *grad_weights
+
+
+def _grad_weights(
+    by_scale: Tensor, codes: Tensor, weights: Sequence[tuple[int, torch.dtype]], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """(dL/dy / s)^T . vq, one product for all weights, given as rows and dtype; none where nobody needs it."""
+    if not any(needed):
+        return [None] * len(weights)
+    product = by_scale @ codes.to(by_scale.dtype)  # int8 codes are exact in bfloat16
+    parts = product.split([rows for rows, _ in weights])
+    return [part.to(dtype) if need else None for part, (_, dtype), need in zip(parts, weights, needed, strict=True)]
 
 
 def normed_bit_linear(

@@ -78,6 +78,7 @@ class Parts:
             "optimizer": repr(self.module.optimizer_config),
             "schedule": repr(self.module.schedule),
             "stage's settings": repr(self.module.stage),
+            "quantization_warmup_steps": self.module.warmup_steps,
         }
 
 

@@ -176,10 +176,12 @@ def test_a_damaged_checkpoint_is_set_aside(data: Path, pretrained: Path, damage:
 
 
 def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
-    result = train(*PRETRAIN, "run_dir=whole", "seed=1", "global_batch_size=8", cwd=data)
+    changed = ["seed=1", "global_batch_size=8", "quantization_warmup_steps=5"]
+    result = train(*PRETRAIN, "run_dir=whole", *changed, cwd=data)
     assert result.returncode == 2
     assert "seed: 0 there, 1 now" in result.stderr
     assert "global_batch_size: 4 there, 8 now" in result.stderr
+    assert "quantization_warmup_steps: 0 there, 5 now" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert status(pretrained)["state"] == "done"
 

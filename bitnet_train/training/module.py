@@ -102,8 +102,8 @@ class TrainingModule(L.LightningModule):
         schedule: Schedule,
         tokenizer: Tokenizer,
         steps: int,
-        log_every: int,
-        health_every: int,
+        log_every: int = 10,
+        health_every: int = 0,
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
@@ -131,6 +131,14 @@ class TrainingModule(L.LightningModule):
         optimizer = self.optimizer_config.build(self.model.named_parameters())
         optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
         return optimizer
+
+    def setup(self, stage: str) -> None:
+        """Reads the data for as many steps as the run has, and accumulates over the micro-batches of a step."""
+        if stage == "fit":
+            data = self._data()
+            data.steps = self.steps
+            per_step = data.micro_batches(self.trainer.global_rank, self.trainer.world_size).per_step
+            self.trainer.accumulate_grad_batches = per_step
 
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""

@@ -35,6 +35,7 @@ from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, write_status
 
 log = logging.getLogger(__name__)
+logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
@@ -84,7 +85,7 @@ def _count(trainer: DictConfig) -> int:
 
 def _launch(config: DictConfig, run_dir: Path, count: int) -> None:
     """Starts the ranks, hands them the first signal, and makes of their ends the outcome of the run."""
-    config.trainer.devices = count
+    OmegaConf.update(config, "trainer.devices", count, force_add=True)
     resolved = run_dir / ".hydra/resolved.yaml"
     resolved.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(resolved) as temporary:
@@ -162,7 +163,7 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
     """
     failures = result.failures
     codes = {failure.exitcode for failure in failures.values()}
-    if EXIT_REQUEUE in codes or (failures and ranks.asked):
+    if EXIT_REQUEUE in codes or -ranks.asked in codes - {0}:  # the latter has died before it could listen
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:

@@ -1,4 +1,4 @@
-"""Sweeps, searches and SLURM jobs: every job has its folder, no failure ends the others, and a table says what came out."""
+"""Sweeps, searches and SLURM jobs: every job has its folder, no failure ends the others, and a table sums them up."""
 
 import json
 import os

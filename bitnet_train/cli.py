@@ -51,8 +51,9 @@ def main() -> NoReturn:
         run_command(_main)
     if {"-m", "--multirun"} & set(sys.argv):
         run_command(_refuse_sweep)
-    if rank > 0:  # the first one writes the files
-        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    if rank > 0:  # the first one writes the files; argparse wants all overrides in one place
+        place = next((i for i, word in enumerate(sys.argv) if i and word[0] != "-" and "=" in word), 1)
+        sys.argv[place:place] = ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
     try:
         run_command(_main)
     except SystemExit as end:

@@ -93,9 +93,12 @@ def _launch(config: DictConfig, run_dir: Path, count: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the ranks find each other
     with tempfile.TemporaryDirectory(prefix="bitnet-train-ranks-") as logs:
         ranks = Ranks(count, (str(resolved), str(run_dir)), store.port, logs)
-        with handled_by(ranks.hand_on):
-            ranks.start()
-            result = ranks.wait(period=0.1)
+        try:
+            with handled_by(ranks.hand_on):
+                ranks.start()
+                result = ranks.wait(period=0.1)
+        finally:
+            ranks.close()
     assert result is not None  # no time-out was given
     _conclude(ranks, result, run_dir)
 

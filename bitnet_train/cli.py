@@ -26,7 +26,7 @@ from bitnet_train import config as configuration
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
 from bitnet_train.training import sweep
 from bitnet_train.training.signals import StopRequested, stop_on_signals
-from bitnet_train.training.worker import leave
+from bitnet_train.training.worker import leave, own_rank
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _ended: list[Ended] = []  # Hydra gives nothing back from a job
 
 def main() -> NoReturn:
     """Entry point of `bitnet-train`."""
-    rank = _rank()
+    rank = own_rank()
     if rank is None:
         run_command(_main)
     if {"-m", "--multirun"} & set(sys.argv):
@@ -58,16 +58,6 @@ def main() -> NoReturn:
         run_command(_main)
     except SystemExit as end:
         leave(int(end.code or 0))
-
-
-def _rank() -> int | None:
-    """The number of this process among those that torchrun or srun has started, None for one that stands alone."""
-    if not {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
-        return None
-    from bitnet_train.training import ranks
-
-    environment = ranks.environment()
-    return environment.global_rank() if environment is not None else None
 
 
 def _refuse_sweep() -> NoReturn:

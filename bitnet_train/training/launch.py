@@ -33,6 +33,7 @@ from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, write_status
+from bitnet_train.training.worker import own_rank
 
 log = logging.getLogger(__name__)
 logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
@@ -53,9 +54,7 @@ def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
         StopRequested: the run was asked to stop; its state is saved.
         RunFailed: a launched rank has failed, died or hung.
     """
-    from bitnet_train.training import ranks
-
-    count = 1 if ranks.environment() is not None else _count(config.trainer)
+    count = _count(config.trainer) if own_rank() is None else 1
     if count > 1:
         _launch(config, run_dir, count)
         return
@@ -173,9 +172,14 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
             raise UserError(_exception(failure)[0])
     if failures:
         reason = _reason(failures, ranks.stuck)
-        step = read_status(run_dir)["step"]
-        write_status(run_dir, "failed", step or 0, reason)
-        raise RunFailed(f"{reason}; start the same command again: it goes on from step {step or 0}")
+        write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
+        raise RunFailed(f"{reason}; start the same command again: it goes on from step {_saved_step(run_dir)}")
+
+
+def _saved_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, from the name that `checkpoints/last` points to."""
+    name = (run_dir / "checkpoints/last").resolve().name
+    return int(name.rpartition("-")[2]) if "-" in name else 0
 
 
 def _reason(failures: dict[int, ProcessFailure], stuck: set[int]) -> str:

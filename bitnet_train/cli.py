@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train import config as configuration
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, UserError, run_command
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, RunFailed, UserError, run_command
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,9 @@ def _job(config: DictConfig) -> int:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    except RunFailed as failure:
+        log.error("error: %s", failure)
+        return EXIT_FAILURE
     except Exception:
         log.exception("the run failed")
         return EXIT_FAILURE

@@ -58,16 +58,27 @@ def save(
         _write_state(temporary / STATE, state)
         if loss is not None:
             (temporary / METRICS).write_text(json.dumps({LOSS: loss}))
-        manifest = {file.name: _entry(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest))
-    _link(folder / LAST, target)
+        seal(temporary)
+    retain(target, keep_last, keep_best)
+    return target
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of all files in a folder."""
+    entries = {file.name: _entry(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps(entries))
+
+
+def retain(newest: Path, keep_last: int, keep_best: int = 0) -> None:
+    """Sets the links of a new checkpoint's folder, and removes from it what need not be kept; see `save`."""
+    folder = newest.parent
+    _link(folder / LAST, newest)
     best = _best(folder)[:keep_best]
     if best:
         _link(folder / BEST, best[0])
     for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
         if old not in best:
             shutil.rmtree(old)
-    return target
 
 
 def _write_state(file: Path, state: dict[str, Any]) -> None:
@@ -76,8 +87,9 @@ def _write_state(file: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, stream)
         except RuntimeError as error:
-            cause = error.__cause__ or error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error).splitlines()[0], str(file))
+            refused = error.__context__
+            known = isinstance(refused, OSError)
+            raise refused if known else OSError(errno.EIO, str(error).splitlines()[0], str(file)) from None
 
 
 def _link(link: Path, target: Path) -> None:
@@ -180,8 +192,8 @@ def load(checkpoint: Path, identity: dict[str, Any], allowed: Sequence[str] = ()
     ]
     if differences:
         raise UserError(
-            f"{checkpoint}: made by another run ({'; '.join(differences)}); use another run_dir or resume=never, or let "
-            f"them differ by resume_allow=[...] (all but {', '.join(NEVER_ALLOWED)})"
+            f"{checkpoint}: made by another run ({'; '.join(differences)}); use another run_dir or resume=never, or "
+            f"name in resume_allow=[...] what may differ (all but {', '.join(NEVER_ALLOWED)})"
         )
     return state
 

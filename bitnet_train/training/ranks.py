@@ -111,6 +111,18 @@ def on_first(function: Callable[[], T]) -> T:
     return result
 
 
+def attempt(write: Callable[[], object]) -> str:
+    """Why some rank could not write, on every rank the same; "" if all could. All ranks call it together."""
+    failure = ""
+    try:
+        write()
+    except UserError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return next(filter(None, gather(failure)), "")
+
+
 def check_same(name: str, value: str) -> None:
     """Refuses a group whose ranks do not see the same.
 

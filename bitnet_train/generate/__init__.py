@@ -6,7 +6,7 @@ terminal    that conversation at a prompt
 cli         the command: a prompt, a file of prompts, or a chat
 """
 
-from bitnet_train.generate.sampling import complete, generate, sample, stream, until
+from bitnet_train.generate.sampling import complete, generate, prompt_ids_of, sample, stream, until
 from bitnet_train.generate.session import ChatSession
 
-__all__ = ["ChatSession", "complete", "generate", "sample", "stream", "until"]
+__all__ = ["ChatSession", "complete", "generate", "prompt_ids_of", "sample", "stream", "until"]

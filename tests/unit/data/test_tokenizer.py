@@ -207,7 +207,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert (result.stdout, result.stderr) == ("4\n", "")
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=40), st.integers(0, 3))
+@given(st.text("ab é日🎉\n", max_size=40), st.integers(0, 3))
 def test_a_stream_of_ids_gives_whole_characters_and_in_the_end_the_text(text: str, cut: int) -> None:
     """Also where it ends within a character, and for ids that are bytes of none."""
     ids = TOKENIZER.encode(text + " 日本 🎉🎉 ß")

@@ -51,7 +51,7 @@ def test_the_oldest_turns_leave_when_the_context_is_full() -> None:
 
 def test_a_message_that_cannot_be_answered_is_not_remembered() -> None:
     prompts: list[str] = []
-    session = ChatSession(TOKENIZER, scripted(prompts, "fox", "dog"), 40, system=None)
+    session = ChatSession(TOKENIZER, scripted(prompts, "fox", "dog"), 90, system=None)
     list(session.say("one"))
     for text in ("wizards " * 100, "\ud800"):
         with pytest.raises(UserError, match=r"too long|lone surrogates"):

@@ -10,7 +10,7 @@ apart; names of special tokens count as control tokens in these texts alone.
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def run_tasks(
         UserError: no such task, or its data is out of reach.
     """
     manager = _task_manager(tasks, include_path)
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the figures
+    with contextlib.redirect_stdout(sys.stderr), _reading_data():  # standard output is for the figures
         results = simple_evaluate(
             model=BitNetLM(model, tokenizer),
             tasks=manager.match_tasks(list(tasks)),
@@ -165,6 +165,15 @@ def run_tasks(
             log_samples=False,
         )
     return dict(results["results"])
+
+
+@contextlib.contextmanager
+def _reading_data() -> Iterator[None]:
+    """What goes wrong with files and the hub becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--lm-eval: the data of a task cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:

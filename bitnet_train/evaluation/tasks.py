@@ -11,13 +11,14 @@ list of them. The model writes until one of `stop` ("\\n" where the row names no
     acc_norm     the choice with the highest log p / characters is right
     exact_match  the text without white space around it is an answer
 
+The figures are shares of `rows`, their number; NAME_stderr is the standard error of a share.
+
 As a chat, contexts and prompts are the user's message, choices are answers, and "\\n" stops none.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 from bitnet_train.data.readers import type_name
 from bitnet_train.data.sources import Row, check_text, located, read_rows
@@ -27,22 +28,7 @@ from bitnet_train.evaluation.scoring import Request, check_fits, request_of, sco
 from bitnet_train.generate import prompt_ids_of, stream, until
 from bitnet_train.model.decoder import BitNetForCausalLM
 
-
-class ChoiceFigures(TypedDict):
-    """Shares of the rows, the standard error of `acc`, and the number of rows."""
-
-    acc: float
-    acc_norm: float
-    acc_stderr: float
-    rows: int
-
-
-class MatchFigures(TypedDict):
-    """The share of the rows whose text is an answer, its standard error, and the number of rows."""
-
-    exact_match: float
-    exact_match_stderr: float
-    rows: int
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class Generation:
 
 def evaluate_task(
     model: BitNetForCausalLM, tokenizer: Tokenizer, path: str, chat: bool = False, max_new_tokens: int = 64
-) -> ChoiceFigures | MatchFigures:
+) -> Figures:
     """The figures of a task; its first row says of which kind it is.
 
     Args:
@@ -123,7 +109,7 @@ def _index(answer: object, choices: Sequence[str]) -> int:
     raise UserError(f"answer must be one of the choices, or its number from 0 to {len(choices) - 1}, got {answer!r}")
 
 
-def _choose(model: BitNetForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row], chat: bool) -> ChoiceFigures:
+def _choose(model: BitNetForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row], chat: bool) -> Figures:
     items = [choice_of(row) for row in rows]
     requests: list[Request] = []
     for row, item in zip(rows, items, strict=True):
@@ -139,7 +125,7 @@ def _choose(model: BitNetForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row],
         acc += of_choices.index(max(of_choices)) == item.answer
         norm += per_character.index(max(per_character)) == item.answer
     n = len(items)
-    return ChoiceFigures(acc=acc / n, acc_norm=norm / n, acc_stderr=_standard_error(acc, n), rows=n)
+    return {"acc": acc / n, "acc_norm": norm / n, "acc_stderr": _standard_error(acc, n), "rows": n}
 
 
 def _choice_requests(tokenizer: Tokenizer, item: MultipleChoice, chat: bool) -> list[Request]:
@@ -151,7 +137,7 @@ def _choice_requests(tokenizer: Tokenizer, item: MultipleChoice, chat: bool) -> 
 
 def _generate(
     model: BitNetForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row], chat: bool, max_new_tokens: int
-) -> MatchFigures:
+) -> Figures:
     items = [generation_of(row) for row in rows]
     texts = []
     for row, item in zip(rows, items, strict=True):
@@ -160,7 +146,7 @@ def _generate(
     stops = [[] if chat else item.stop for item in items]
     hits = sum(until(text, stop).strip() in item.answers for item, text, stop in zip(items, texts, stops, strict=True))
     n = len(items)
-    return MatchFigures(exact_match=hits / n, exact_match_stderr=_standard_error(hits, n), rows=n)
+    return {"exact_match": hits / n, "exact_match_stderr": _standard_error(hits, n), "rows": n}
 
 
 def _standard_error(hits: int, rows: int) -> float:

@@ -1,5 +1,6 @@
 """lm-evaluation-harness with this package's models, on tasks in a local folder."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -88,10 +89,10 @@ def test_the_figures_are_those_of_a_count_by_hand(results: dict[Path, Figures], 
     """`evaluate_task` is held to a count by hand in test_tasks.py; the texts are counted one by one."""
     model, tokenizer, found = load_for_inference(master), Tokenizer.from_folder(master), results[master]
     expected = evaluate_task(model, tokenizer, str(tasks / "mats.jsonl"))
-    assert found["mats"]["acc,none"] == expected["acc"]  # type: ignore[typeddict-item]
-    assert found["mats"]["acc_norm,none"] == expected["acc_norm"]  # type: ignore[typeddict-item]
+    assert found["mats"]["acc,none"] == expected["acc"]
+    assert found["mats"]["acc_norm,none"] == expected["acc_norm"]
     matches = evaluate_task(model, tokenizer, str(tasks / "numbers.jsonl"), max_new_tokens=12)
-    assert found["numbers"]["exact_match,strip"] == matches["exact_match"] > 0  # type: ignore[typeddict-item]
+    assert found["numbers"]["exact_match,strip"] == matches["exact_match"] > 0
 
 
 def test_packed_and_masters_agree(results: dict[Path, Figures], master: Path, packed: Path) -> None:
@@ -165,7 +166,7 @@ def test_chat_prompts_reach_the_model(tasks: Path, master: Path) -> None:
     rows = tasks / "four.jsonl"
     rows.write_text("".join((tasks / "mats.jsonl").open().readlines()[:4]))
     expected = evaluate_task(model, tokenizer, str(rows), chat=True)
-    assert found["mats"]["acc,none"] == expected["acc"]  # type: ignore[typeddict-item]
+    assert found["mats"]["acc,none"] == expected["acc"]
 
 
 @pytest.fixture
@@ -183,10 +184,17 @@ def test_unknown_tasks_and_folders_are_refused(tasks: Path) -> None:
         harness._task_manager(["mats"], tasks / "none")
 
 
-def test_bits_per_byte_of_a_text_of_several_windows(results: dict[Path, Figures], tasks: Path, master: Path) -> None:
-    lm = BitNetLM.from_pretrained(str(master))
-    import json
+def test_a_task_without_its_data_costs_one_line(tmp_path: Path, master: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(_TASK.format(name="lost", file=tmp_path / "none.jsonl", rest=_CHOICE))
+    model, tokenizer = load_for_inference(master), Tokenizer.from_folder(master)
+    with pytest.raises(UserError, match=r"--lm-eval: the data of a task cannot be read .*none\.jsonl"):
+        run_tasks(model, tokenizer, ["lost"], tmp_path)
 
+
+def test_bits_per_byte_of_texts_longer_than_the_context(
+    results: dict[Path, Figures], tasks: Path, master: Path
+) -> None:
+    lm = BitNetLM.from_pretrained(str(master))
     texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").open()]
     total = sum(lm.loglikelihood_rolling([request(text) for text in texts]))
     expected = -total / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -51,12 +51,12 @@ def test_exact_match_by_hand(master: Path, prompts: Rows, tmp_path: Path) -> Non
     hits = sum(text.split(".")[0].strip() == row["answer"] for text, row in zip(texts, prompts, strict=True))
     assert hits >= 1
     found = evaluate_task(model, tokenizer, str(write_jsonl(tmp_path / "rows.jsonl", prompts)), max_new_tokens=12)
-    assert (found["rows"], found["exact_match"]) == (10, hits / 10)  # type: ignore[typeddict-item]
+    assert (found["rows"], found["exact_match"]) == (10, hits / 10)
     several = [{**row, "answer": ["none", row["answer"]]} for row in prompts]
     assert evaluate_task(model, tokenizer, str(write_jsonl(tmp_path / "rows.jsonl", several)), False, 12) == found
     wrong = [{**row, "stop": ["\n"]} for row in prompts]  # the full stop now belongs to the text
     found = evaluate_task(model, tokenizer, str(write_jsonl(tmp_path / "rows.jsonl", wrong)), False, 12)
-    assert found["exact_match"] == 0.0  # type: ignore[typeddict-item]
+    assert found["exact_match"] == 0.0
 
 
 def test_a_question_takes_the_usual_form_and_an_answer_may_be_a_text(master: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is not installed ({error}): pip install 'bitnet-train[eval]'") from error
 
+T = TypeVar("T")
 Figures = dict[str, float | str]
 
 _ANSWER = "\ufdd3"  # a code point that Unicode keeps out of text: an answer begins or ends here
@@ -66,28 +67,30 @@ class BitNetLM(LM):  # type: ignore[misc]
         pairs = [self._request(*request.args) for request in requests]
         for pair in pairs:
             check_fits(self.model, pair)
-        found = [(float(logp), is_greedy) for logp, is_greedy in score(self.model, pairs)]
-        for request, result in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, result)
-        return found
+        found = [(logp, is_greedy) for logp, is_greedy in score(self.model, pairs)]
+        return self._cached("loglikelihood", requests, found)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """log p of each text in nats, every token predicted once with as much context as fits."""
         windows = [self._windows(*request.args) for request in requests]
         scores = iter(score(self.model, [window for of_text in windows for window in of_text]))
         found = [sum(next(scores).logp for _ in of_text) for of_text in windows]
-        for request, result in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
-        return found
+        return self._cached("loglikelihood_rolling", requests, found)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """What follows each context, up to a stop string, a stop token or max_gen_toks."""
-        found = []
+        found: list[str] = []
         for request in requests:
             context, options = request.args
-            found.append(self._generate(context, normalize_gen_kwargs(options, self.max_gen_toks)))
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+            text = self._generate(context, normalize_gen_kwargs(options, self.max_gen_toks))
+            found += self._cached("generate_until", [request], [text])
         return found
+
+    def _cached(self, method: str, requests: Sequence[Instance], results: list[T]) -> list[T]:
+        """The results, handed to the harness's cache of answers, if it keeps one."""
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(method, request.args, result)
+        return results
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text with marks around answers, the last of them open: empty, or begun by a prefix."""

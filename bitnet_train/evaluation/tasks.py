@@ -143,8 +143,10 @@ def _generate(
     for row, item in zip(rows, items, strict=True):
         with located(row):  # `stream` checks the length at once and generates when it is read
             texts.append(stream(model, tokenizer, prompt_ids_of(tokenizer, item.prompt, chat), max_new_tokens))
-    stops = [[] if chat else item.stop for item in items]
-    hits = sum(until(text, stop).strip() in item.answers for item, text, stop in zip(items, texts, stops, strict=True))
+    default = [] if chat else ["\n"]
+    stops = [default if item.stop is None else item.stop for item in items]
+    found = [until(text, stop).strip() for text, stop in zip(texts, stops, strict=True)]
+    hits = sum(text in item.answers for text, item in zip(found, items, strict=True))
     n = len(items)
     return {"exact_match": hits / n, "exact_match_stderr": _standard_error(hits, n), "rows": n}
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +12,15 @@ from bitnet_train.data.sources import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.perplexity import evaluate
-from bitnet_train.evaluation.scoring import score
+from bitnet_train.evaluation.scoring import Request, score
 from bitnet_train.evaluation.tasks import evaluate_task
 from bitnet_train.generate import complete
 from bitnet_train.model.pretrained import load_for_inference
 from tests.support import write_jsonl
 
 pytest.importorskip("lm_eval")
+from lm_eval.tasks import TaskManager
+
 from bitnet_train.evaluation import harness
 from bitnet_train.evaluation.harness import BitNetLM, run_tasks
 
@@ -66,7 +67,7 @@ def request(*arguments: object) -> SimpleNamespace:
 def tasks(tmp_path_factory: pytest.TempPathFactory, choices: Rows, prompts: Rows) -> Path:
     """A folder with a task of every kind that the adapter answers."""
     folder = tmp_path_factory.mktemp("tasks")
-    texts = [{"text": f"The fox number {n} sat on mat {n * n}. " * (n % 3 * 4 + 1)} for n in range(11, 21)]
+    texts: Rows = [{"text": f"The fox number {n} sat on mat {n * n}. " * (n % 3 * 4 + 1)} for n in range(11, 21)]
     for name, rest, rows in [
         ("mats", _CHOICE, choices), ("numbers", _GENERATION, prompts), ("texts", _ROLLING, texts)
     ]:  # fmt: skip
@@ -110,7 +111,7 @@ def test_rolling_likelihood_counts_every_token_once(master: Path, tmp_path: Path
     short, long = "The owl number 14 sat on mat 196. ", "The hen number 15 sat on mat 225. " * 12
     whole = evaluate(lm.model, lm.tokenizer, str(write_jsonl(tmp_path / "t.jsonl", [{"text": short}])))
     ids = [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(short)]
-    end = score(lm.model, [harness.Request(ids, [lm.tokenizer.eos_token_id])])[0].logp
+    end = score(lm.model, [Request(ids, [lm.tokenizer.eos_token_id])])[0].logp
     (found,) = lm.loglikelihood_rolling([request(short)])
     assert found == pytest.approx(-whole["nll"] * whole["tokens"] - end, rel=1e-3)
     windows = lm._windows(long)
@@ -172,8 +173,7 @@ def test_chat_prompts_reach_the_model(tasks: Path, master: Path) -> None:
 @pytest.fixture
 def no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness without its 14,000 tasks, which take 20 seconds to read."""
-    manager: Callable[..., object] = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **how: manager(**{**how, "include_defaults": False}))
+    monkeypatch.setattr(harness, "TaskManager", lambda **how: TaskManager(**{**how, "include_defaults": False}))
 
 
 @pytest.mark.usefixtures("no_defaults")

@@ -61,9 +61,9 @@ def test_exact_match_by_hand(master: Path, prompts: Rows, tmp_path: Path) -> Non
 
 def test_a_question_takes_the_usual_form_and_an_answer_may_be_a_text(master: Path, tmp_path: Path) -> None:
     model, tokenizer = load_for_inference(master), Tokenizer.from_folder(master)
-    texts = {"choices": ["one", "two words", "three"]}
-    asked = {"context": "On mats.\n", "question": "Who sat? ", **texts, "answer": "three"}
-    written = {"context": "On mats.\nQuestion: Who sat?\nAnswer:", **texts, "answer": 2}
+    texts: dict[str, object] = {"choices": ["one", "two words", "three"]}
+    asked: dict[str, object] = {"context": "On mats.\n", "question": "Who sat? ", **texts, "answer": "three"}
+    written: dict[str, object] = {"context": "On mats.\nQuestion: Who sat?\nAnswer:", **texts, "answer": 2}
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [row]) for n, row in enumerate((asked, written))]
     one, other = (evaluate_task(model, tokenizer, str(file)) for file in files)
     assert one == other

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
 
-    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
+    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only);
+                                            sharded tensors lie in files of their own beside it (`shards`)
     checkpoints/step-000100/manifest.json   size and sha256 of every file, written last
     checkpoints/last                        a link to the newest
 
@@ -32,18 +33,34 @@ def _entry(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{_PREFIX}{step:06d}"
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
     """Commits the state as `folder/step-<step>` and removes all but the newest `keep_last` checkpoints."""
-    target = folder / f"{_PREFIX}{step:06d}"
+    target = folder_of(folder, step)
     if target.exists():  # the run went on from it; the same step of the same run is the same state
         return target
     with atomic_folder(target) as temporary:
         torch.save(state, temporary / STATE)
-        (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
-    _link_last(target)
-    for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
-        shutil.rmtree(old)
+        seal(temporary)
+    retain(target, keep_last)
     return target
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of all files in a folder."""
+    entries = {file.name: _entry(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(entries))
+
+
+def retain(newest: Path, keep_last: int) -> None:
+    """Lets `last` show a new checkpoint, and removes all but the newest `keep_last` of its folder."""
+    _link_last(newest)
+    for old in _steps(newest.parent)[:-keep_last] if keep_last > 0 else []:
+        shutil.rmtree(old)
 
 
 def _link_last(target: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import UserError
+from bitnet_train.formats.safetensors_file import LazyTensor
+from bitnet_train.formats.shards import fill
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
 from bitnet_train.training import checkpoint, ranks
@@ -27,7 +30,9 @@ from bitnet_train.training.callbacks import StopRequested, stop_on_signals
 from bitnet_train.training.card import model_card
 from bitnet_train.training.loggers import finish_wandb, forget_after
 from bitnet_train.training.parts import Parts, build, print_plan
-from bitnet_train.training.state import Restore, State, collect
+from bitnet_train.training.saving import Saver
+from bitnet_train.training.sharding import parts_of, send_to_first
+from bitnet_train.training.state import Found, Restore, collect
 from bitnet_train.training.trainer import make_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -56,11 +61,12 @@ def _digest(config: DictConfig) -> str:
 
 
 def _run(parts: Parts, config: DictConfig) -> None:
-    state = _resume(parts)
-    trainer = make_trainer(parts, config, [Restore(state, parts.settings.seed)], lambda: _save(parts))
+    found = _resume(parts)
+    saver = Saver(parts.run_dir / "checkpoints", parts.settings.keep_last, parts.settings.rank_timeout)
+    trainer = make_trainer(parts, config, [Restore(found, parts.settings.seed)], lambda: _save(parts, saver))
     print_plan(parts)
     if not parts.settings.dry_run:
-        _train(parts, trainer, state)
+        _train(parts, trainer, saver, found)
 
 
 @contextmanager
@@ -78,13 +84,14 @@ def _take(file: IO[str], run_dir: Path) -> None:
         raise UserError(f"run_dir={run_dir}: another run is at work there; wait for it or use another") from None
 
 
-def _train(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
+def _train(parts: Parts, trainer: L.Trainer, saver: Saver, found: Found | None) -> None:
     run_dir = parts.run_dir
     write_status(run_dir, "running", parts.module.step)
     try:
-        _fit(parts, trainer, state)
+        _fit(parts, trainer, saver, found)
         _save_result(parts)
     except StopRequested as stop:
+        saver.wait()
         write_status(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
@@ -104,7 +111,7 @@ def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None
     temporary.replace(run_dir / "status.json")
 
 
-def _resume(parts: Parts) -> State | None:
+def _resume(parts: Parts) -> Found | None:
     """The state to go on from, if there is one; step and position are set already."""
     found = ranks.on_first(lambda: checkpoint.find(parts.run_dir / "checkpoints", parts.settings.resume))
     if found is None:
@@ -113,21 +120,22 @@ def _resume(parts: Parts) -> State | None:
     parts.module.step, parts.module.tokens = state["step"], state["tokens"]
     parts.data.first_step = parts.module.step
     log.info("resuming from %s", found)
-    return state
+    return Found(found, state)
 
 
-def _fit(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
+def _fit(parts: Parts, trainer: L.Trainer, saver: Saver, found: Found | None) -> None:
     """Trains what is left. The last checkpoint comes after the last validation: found again, nothing is missing."""
     module, data = parts.module, parts.data
-    ranks.on_first(lambda: _forget_later(parts, module.step if state else -1))
-    if state is not None and module.step == module.steps:
-        module.model.load_state_dict(state["model"])
+    ranks.on_first(lambda: _forget_later(parts, module.step if found else -1))
+    if found is not None and module.step == module.steps:
+        module.model.load_state_dict(fill({"model": found.state["model"]}, found.folder)["model"])
         return
     trainer.fit(module, datamodule=data)
     last = collect(parts)
     if module.step % parts.settings.val_every:
         trainer.validate(module, datamodule=data, verbose=False)
-    _commit(parts, last)
+    saver.save(module.step, last)
+    saver.wait()
 
 
 def _forget_later(parts: Parts, step: int) -> None:
@@ -136,22 +144,24 @@ def _forget_later(parts: Parts, step: int) -> None:
     forget_after(parts.run_dir / "metrics.jsonl", step)
 
 
-def _save(parts: Parts) -> None:
-    _commit(parts, collect(parts))
+def _save(parts: Parts, saver: Saver) -> None:
+    saver.save(parts.module.step, collect(parts))
     write_status(parts.run_dir, "running", parts.module.step)
 
 
-def _commit(parts: Parts, state: State) -> None:
-    folder, step = parts.run_dir / "checkpoints", parts.module.step
-    ranks.on_first(lambda: checkpoint.save(folder, step, state, parts.settings.keep_last))
-
-
 def _save_result(parts: Parts) -> None:
+    """Every rank hands its rows to the first one, which writes."""
+    weights = parts.module.model.state_dict()
     if not ranks.is_first():
+        send_to_first(weights.values())
         return
     metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
     card = model_card(parts.settings.recipe_name, parts.module.model.config, [json.loads(line) for line in metrics])
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
+    tensors = {
+        name: LazyTensor(weight.dtype, tuple(weight.shape), partial(parts_of, weight))
+        for name, weight in weights.items()
+    }
+    save_pretrained(parts.run_dir / "model", parts.module.model.config, tensors, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")

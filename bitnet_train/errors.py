@@ -1,7 +1,8 @@
 """What a user got wrong, said in one line.
 
 A command ends with exit code 0 (done), 2 (the user's configuration or data is wrong: one line, no traceback) or
-anything else (a failure of ours: the traceback). `UserError` is how any part of the package asks for code 2.
+anything else (a failure: the traceback). `UserError` is how any part of the package asks for code 2, and `RunFailed`
+how a run ends with code 1 where the cause is known and one line says it.
 """
 
 import sys
@@ -15,6 +16,10 @@ EXIT_REQUEUE = 85
 
 class UserError(ValueError):
     """A wrong configuration, file or row; the message names it, the rule, the value and the remedy."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on, for a cause that lies outside of the code; the message names the cause and the remedy."""
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -6,7 +6,7 @@ belong to the root and stay for the whole step. The gather moves float32 masters
 process, so that its codes and scales are the same (a bfloat16 gather would change some).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -80,28 +80,6 @@ def rows_of(tensor: DTensor, rank: int) -> range:
     """The numbers of the rows that a rank keeps: all but the last ranks keep equally many, some of those none."""
     most = -(-len(tensor) // tensor.device_mesh.size())
     return range(min(rank * most, len(tensor)), min((rank + 1) * most, len(tensor)))
-
-
-def parts_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The rows of a tensor in order, on the CPU, on the first rank, which holds those of one rank at a time.
-
-    The other ranks call `send_to_first` meanwhile.
-    """
-    yield own_part(tensor).cpu()
-    for rank in range(1, tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1):
-        assert isinstance(tensor, DTensor)
-        part = torch.empty(len(rows_of(tensor, rank)), *tensor.shape[1:], dtype=tensor.dtype)
-        if part.numel():
-            dist.recv(part, src=rank)
-        yield part
-
-
-def send_to_first(tensors: Iterable[Tensor]) -> None:
-    """Gives the first rank what `parts_of` asks for, tensor by tensor."""
-    for tensor in tensors:
-        part = own_part(tensor).cpu().contiguous()
-        if isinstance(tensor, DTensor) and part.numel():
-            dist.send(part, dst=0)
 
 
 def total(value: Tensor, like: Tensor) -> Tensor:

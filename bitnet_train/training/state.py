@@ -1,6 +1,7 @@
 """What a checkpoint holds, collected from a run and put back into one.
 
     step, tokens, identity       where the run is, and which run it is
+    skipped                      steps that were left out, see `StepGuard`
     model, optimizer, health     the same on every rank, or its rows of them
     ranks                        of every rank: its random generators, and its sums since the last log event
 
@@ -55,6 +56,7 @@ def collect(parts: Parts) -> State:
         "identity": parts.identity,
         "step": module.step,
         "tokens": module.tokens,
+        "skipped": module.guard.skipped,
         "model": module.model.state_dict(),
         "optimizer": module.trainer.optimizers[0].state_dict(),
         "health": _as_shards(module),
@@ -110,6 +112,7 @@ class Restore(L.Callback):
         (folder, state), self.found = self.found, None
         state = fill(state, folder, mesh_of(pl_module))
         own = _own(state, self.seed)
+        pl_module.guard.skipped = state["skipped"]
         pl_module.model.load_state_dict(state["model"])
         trainer.optimizers[0].load_state_dict(state["optimizer"])
         for values, saved in (

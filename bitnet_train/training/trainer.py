@@ -16,7 +16,6 @@ from bitnet_train.model.execution import Execution
 from bitnet_train.optim import AdamW8bit
 from bitnet_train.training import ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
-from bitnet_train.training.loggers import JsonlLogger
 from bitnet_train.training.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates
 
 
 def make_trainer(
-    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], None]
+    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], str]
 ) -> L.Trainer:
     """The Trainer, with gradient accumulation and the options of execution set.
 
@@ -33,7 +32,7 @@ def make_trainer(
         parts: what is trained.
         config: the run's configuration: trainer, callbacks, logger, execution.
         callbacks: what has to come before the saving of checkpoints.
-        save: saves the state of the run.
+        save: saves the state of the run, see `Checkpointing`.
 
     Raises:
         UserError: the number of devices is not that of the ranks, or the precision is not for training.
@@ -48,7 +47,7 @@ def make_trainer(
     trainer: L.Trainer = instantiate(
         config.trainer,
         callbacks=every,
-        logger=[JsonlLogger(parts.run_dir / "metrics.jsonl"), *instantiate(config.logger).values()],
+        logger=[parts.metrics, *instantiate(config.logger).values()],
         max_steps=parts.module.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0 if parts.module.step else -1,

@@ -9,9 +9,11 @@ anything else a failure, with the traceback in the run's log. Nothing heavy is i
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -61,7 +63,7 @@ def _job(config: DictConfig) -> int:
     from bitnet_train.training.run import run
 
     try:
-        run(settings, config)
+        run(settings, config, Path(HydraConfig.get().runtime.output_dir))
     except StopRequested as stop:
         log.info("stopped (%s), state saved; start again with resume=auto to go on", stop)
         return EXIT_REQUEUE

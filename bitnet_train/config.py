@@ -48,8 +48,11 @@ def register() -> None:
 
 
 def run_id() -> str:
-    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start."""
-    return os.environ.get("SLURM_JOB_ID", _START)
+    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start.
+
+    Ranks that torchrun started are named after their common launch: each has a time of its own.
+    """
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or _START
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class RunConfig:
     log_every: int
     health_every: int
     val_every: int
+    rank_timeout: float
     dry_run: bool
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class RunConfig:
             raise UserError(f"quantization_warmup_steps must be at least 0, got {self.quantization_warmup_steps}")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+        if not self.rank_timeout > 0:
+            raise UserError(f"rank_timeout must be above 0 seconds, got {self.rank_timeout}")
         if self.health_every < 0:
             raise UserError(f"health_every must be at least 0 (0 measures nothing), got {self.health_every}")
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,8 +40,8 @@ def stop_on_signals() -> Iterator[None]:
 class Checkpointing(L.Callback):
     """Saves every `every` steps and when asked; stops when asked, with the state saved.
 
-    Asked means: a signal (the handler only sets a flag), or a file SAVE or STOP in the run directory. Everything
-    happens at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
+    Asked means: a signal to any rank (the handler only sets a flag), or a file SAVE or STOP in the run directory. All
+    ranks agree on it at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
 
     Args:
         run_dir: where SAVE and STOP are looked for.
@@ -50,7 +51,7 @@ class Checkpointing(L.Callback):
 
     def __init__(self, run_dir: Path, every: int, save: Callable[[], None]) -> None:
         self.run_dir, self.every, self.save = run_dir, every, save
-        self._reason = ""
+        self._signal = 0
         self._saved_step = -1
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,14 +60,23 @@ class Checkpointing(L.Callback):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
+        self._signal = number
 
     def _asked_by_file(self, name: str) -> bool:
+        """Whether the file was there; the first rank looks, and removes it."""
+        if not ranks.is_first():
+            return False
         try:
             (self.run_dir / name).unlink()
         except FileNotFoundError:
             return False
         return True
+
+    def _agreed(self) -> tuple[bool, str]:
+        """Whether any rank was asked to save, and why to stop ("" for no reason)."""
+        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), self._signal]
+        save, stop_file, number = ranks.maxima([int(value) for value in asked])
+        return bool(save), "STOP file" if stop_file else signal.Signals(number).name if number else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the handlers where no sanity check did. What a run starts from is not saved again."""
@@ -81,13 +91,12 @@ class Checkpointing(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.at_step_boundary:
             return
-        if self._asked_by_file("STOP"):
-            self._reason = "STOP file"
         due = pl_module.step % self.every == 0 and pl_module.step != self._saved_step
-        if self._asked_by_file("SAVE") or due or self._reason:
+        asked, reason = self._agreed()
+        if asked or due or reason:
             self._save(pl_module)
-        if self._reason:
-            raise StopRequested(self._reason)
+        if reason:
+            raise StopRequested(reason)
 
     def _save(self, module: TrainingModule) -> None:
         self.save()
@@ -108,7 +117,7 @@ class ProgressReport(L.Callback):
         """Draws the bar if somebody can see it."""
         assert isinstance(pl_module, TrainingModule)
         self._started, self._first_step = time.monotonic(), pl_module.step
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and ranks.is_first():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
             self._bar.add_task("starting", total=pl_module.steps, completed=pl_module.step)

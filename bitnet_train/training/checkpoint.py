@@ -12,12 +12,10 @@ not to `.bad`.
 import hashlib
 import json
 import logging
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bitnet_train.errors import UserError
@@ -27,29 +25,6 @@ STATE, MANIFEST, LAST = "state.pt", "manifest.json", "last"
 _PREFIX, _TEMPORARY, _BAD, _OLD = "step-", ".tmp", ".bad", ".old"
 
 log = logging.getLogger(__name__)
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every random generator of this process, as tensors, lists and strings."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -243,12 +243,15 @@ class TrainingModule(L.LightningModule):
         self._throughput.pause()
 
     def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds one batch to the sums of its validation set."""
+        """Adds one batch to the sums of its validation set, unless it only fills up the last round of the ranks."""
         output = self.stage.step(self.model, batch)
         means = means_of(output, batch)
         if isinstance(batch, TokenBatch):
             means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch.labels))
-        self._validation[self._data().validation_names[dataloader_idx]].add(**means)
+        name = self._data().validation_names[dataloader_idx]
+        if not self._data().validation_batches(name).counts(batch_idx):
+            means = {metric: Mean(*map(torch.zeros_like, mean)) for metric, mean in means.items()}
+        self._validation[name].add(**means)
 
     def _bytes(self, labels: Tensor) -> Tensor:
         """Bytes of text that the labels of a batch stand for, shape ()."""
@@ -258,8 +261,8 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs validation as sums over each whole set, divided once."""
         metrics: Metrics = {}
-        for name, sums in self._validation.items():
-            averages = _averages(sums.reduce(self._over_ranks), name)
+        for name in self._data().validation_names:
+            averages = _averages(self._validation[name].reduce(self._over_ranks), name)
             if f"{name}/bits_per_byte" in averages:
                 averages[f"{name}/perplexity"] = math.exp(min(averages[f"{name}/loss"], 700.0))
             metrics |= averages

@@ -332,7 +332,7 @@ def test_a_signal_before_training_is_a_stop_too(
     bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(bad)
-    monkeypatch.setattr("bitnet_train.training.run._build", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr("bitnet_train.training.run.build", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     monkeypatch.setattr(sys, "argv", ["bitnet-train", *PRETRAIN, "run_dir=early"])
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SystemExit) as exit:

@@ -1,0 +1,110 @@
+"""Lightning's Trainer for a run: the loggers and callbacks of its configuration, and its own counts."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig
+
+from bitnet_train import config as configuration
+from bitnet_train.errors import UserError
+from bitnet_train.training import ranks
+from bitnet_train.training.callbacks import Checkpointing, ProgressReport
+from bitnet_train.training.loggers import JsonlLogger
+from bitnet_train.training.parts import Parts
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
+
+
+def make_trainer(
+    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], None]
+) -> L.Trainer:
+    """The Trainer, with gradient accumulation and the options of execution set.
+
+    Args:
+        parts: what is trained.
+        config: the run's configuration: trainer, callbacks, logger, execution.
+        callbacks: what has to come before the saving of checkpoints.
+        save: saves the state of the run.
+
+    Raises:
+        UserError: the number of devices is not that of the ranks, or the precision is not for training.
+    """
+    settings = parts.settings
+    every = [
+        *callbacks,
+        Checkpointing(parts.run_dir, settings.checkpoint_every, save),
+        ProgressReport(log.info),
+        *instantiate(config.callbacks).values(),
+    ]
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=every,
+        logger=[JsonlLogger(parts.run_dir / "metrics.jsonl"), *instantiate(config.logger).values()],
+        max_steps=parts.module.steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0 if parts.module.step else -1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=parts.run_dir,
+        **_distribution(config.trainer),
+    )
+    _check(trainer)
+    _set_rhythm(trainer, parts, config)
+    return trainer
+
+
+def _distribution(node: DictConfig) -> dict[str, object]:
+    """The launcher's description of the ranks, and DDP where several ranks have no other strategy.
+
+    A decoder has no buffers that ranks would have to agree on, and every parameter has a gradient.
+    """
+    environment = ranks.environment()
+    if environment is None:
+        return {}
+    plain = node.get("strategy", "auto") in ("auto", "ddp")
+    strategy = {"strategy": DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)} if plain else {}
+    return {"plugins": [environment], **strategy}
+
+
+def _check(trainer: L.Trainer) -> None:
+    if trainer.world_size != ranks.count():
+        raise UserError(
+            f"trainer.devices times trainer.num_nodes is {trainer.world_size}, but {ranks.count()} "
+            f"{'process was' if ranks.count() == 1 else 'processes were'} started; let both be the same"
+        )
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision must be {' or '.join(PRECISIONS)} (float32 masters), got {trainer.precision}"
+        )
+
+
+def _set_rhythm(trainer: L.Trainer, parts: Parts, config: DictConfig) -> None:
+    """Gradient accumulation, and what depends on it."""
+    per_step = parts.data.micro_batches(ranks.rank(), ranks.count()).per_step
+    trainer.accumulate_grad_batches = per_step
+    trainer.val_check_interval = parts.settings.val_every * per_step
+    configuration.build(config.execution, "execution").apply(parts.module.model, per_step)
+    _count_as_done(trainer, parts.module.step, per_step)
+
+
+def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
+    """Starts Lightning's totals at `step`, so that max_steps and the rhythm of validation count the whole run."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.batch_progress.total.ready = step * per_step
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -32,6 +32,12 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert anchor[1:] in anchors(file), f"{page.name}: {target}{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_holds(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(page), "exec"), {})
+
+
 def test_pictures_are_small() -> None:
     for picture in (ROOT / "docs/images").iterdir():
         assert picture.stat().st_size < 60_000, picture.name

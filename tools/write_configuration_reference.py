@@ -45,9 +45,13 @@ BAR = "\\|"  # in a cell of a table
 
 
 class Option(NamedTuple):
-    """An option of a group: the comment at its top, its values and the comments beside them, both by dotted key."""
+    """An option of a group: the comment at its top, its values and the comments beside them, both by dotted key.
+
+    `prefix` is what comes before its keys in the whole configuration.
+    """
 
     name: str
+    prefix: str
     what: str
     values: dict[str, Any]
     comments: dict[str, str]
@@ -58,22 +62,24 @@ class Option(NamedTuple):
         return str(self.values.get("_target_", ""))
 
 
-def read_option(path: Path) -> Option:
+def read_option(path: Path, group: str = "") -> Option:
     """Reads conf/GROUP/OPTION.yaml."""
     text = path.read_text(encoding="utf-8")
+    prefix = "" if not group or text.startswith("# @package _global_") else f"{group}."
     top = re.match(r"(?:# @package.*\n)?((?:# ?\S.*\n)*)", text)
     what = " ".join(line.lstrip("# ") for line in top[1].splitlines()) if top else ""
     node = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(node, dict)
-    return Option(path.stem, what, dict(_flat(node)), dict(_comments(text)))
+    values = {key: value for key, value in _flat(node) if key != "defaults"}
+    return Option(path.stem, prefix, what, values, dict(_comments(text)))
 
 
-_NOTHING = Option("", "", {}, {})
+_NOTHING = Option("", "", "", {}, {})
 
 
 def _flat(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, dict) and value and key != "defaults":
+        if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -144,7 +150,8 @@ def keys_of(cls: type, option: Option) -> dict[str, Key]:
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         meaning = words.get(field.name) or option.comments.get(field.name, "")
         assert meaning, f"{cls.__name__}.{field.name}: say under Attributes what it means"
-        found[field.name] = Key(f"`{type_name(hints[field.name])}`", code(option.values.get(field.name, made)), meaning)
+        value = code(option.values.get(field.name, made))
+        found[f"{option.prefix}{field.name}"] = Key(f"`{type_name(hints[field.name])}`", value, meaning)
     return found
 
 
@@ -154,8 +161,8 @@ def plain_keys(option: Option) -> dict[str, Key]:
     for key, target in option.values.items():
         if key.rpartition(".")[2] == "_target_" and (cls := class_of(str(target))):
             words |= {f"{key.removesuffix('_target_')}{name}": text for name, text in meanings(cls).items()}
-    values = option.values.items()
-    return {key: Key("", code(value), words.get(key, "")) for key, value in values if key != "_target_"}
+    values = {key: value for key, value in option.values.items() if key != "_target_"}
+    return {f"{option.prefix}{key}": Key("", code(value), words.get(key, "")) for key, value in values.items()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -164,19 +171,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in line)} |" for line in lines)
 
 
-def keys_table(prefix: str, columns: Mapping[str, Mapping[str, Key]]) -> str:
+def keys_table(columns: Mapping[str, Mapping[str, Key]]) -> str:
     """Keys downwards, options to the right; the cell of an option that lacks a key is empty."""
     rows = []
     for key in dict.fromkeys(key for column in columns.values() for key in column):
         entries = [column.get(key, Key("", "", "")) for column in columns.values()]
         kind, meaning = (next(filter(None, texts), "") for texts in list(zip(*entries, strict=True))[::2])
-        rows.append([f"`{prefix}{key}`", kind, *(entry.value for entry in entries), meaning.removesuffix(".")])
+        rows.append([f"`{key}`", kind, *(entry.value for entry in entries), meaning.removesuffix(".")])
     return table(["key", "type", *columns, "meaning"], rows)
 
 
 def group_section(folder: Path) -> Iterator[str]:
     """A group: its options, the keys that they set, and the dataclasses that are fields of theirs."""
-    group, options = folder.name, [read_option(path) for path in sorted(folder.glob("*.yaml"))]
+    group, options = folder.name, [read_option(path, folder.name) for path in sorted(folder.glob("*.yaml"))]
     yield f"## {group}"
     yield table(["option", "what it is", "class"], ([f"`{group}={o.name}`", o.what, _class_cell(o)] for o in options))
     columns: dict[str, dict[str, Key]] = {}
@@ -189,10 +196,10 @@ def group_section(folder: Path) -> Iterator[str]:
         elif any(value is not None for value in option.values.values()):
             columns[option.name] = plain_keys(option)
     if columns:
-        yield keys_table(f"{group}.", columns)
+        yield keys_table(columns)
     for name, cls in inner.items():
         yield f"`{group}.{name}`, where it is set:"
-        yield keys_table(f"{group}.{name}.", {"default": keys_of(cls, _NOTHING)})
+        yield keys_table({"default": keys_of(cls, _NOTHING._replace(prefix=f"{group}.{name}."))})
 
 
 def _class_cell(option: Option) -> str:
@@ -202,7 +209,7 @@ def _class_cell(option: Option) -> str:
 def run_section() -> Iterator[str]:
     """The keys of every run."""
     yield "## Every run"
-    yield keys_table("", {"default": keys_of(RunConfig, read_option(CONF_DIR / "train.yaml"))})
+    yield keys_table({"default": keys_of(RunConfig, read_option(CONF_DIR / "train.yaml"))})
 
 
 def page() -> str:

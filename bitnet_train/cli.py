@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, UserError, run_command
+from bitnet_train.training.signals import StopRequested
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,10 @@ def _main() -> int:
 def _job(config: DictConfig) -> int:
     """One run: a single one, or a job of a sweep."""
     settings = configuration.run_config(config)
-    from bitnet_train.training.callbacks import StopRequested
-    from bitnet_train.training.run import run
+    from bitnet_train.training import launch
 
     try:
-        run(settings, config, Path(HydraConfig.get().runtime.output_dir))
+        launch.start(settings, config, Path(HydraConfig.get().runtime.output_dir))
     except StopRequested as stop:
         log.info("stopped (%s), state saved; start again with resume=auto to go on", stop)
         return EXIT_REQUEUE
@@ -71,6 +71,9 @@ def _job(config: DictConfig) -> int:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    except launch.RunFailed as failure:
+        log.error("%s", failure)
+        return EXIT_FAILURE
     except Exception:
         log.exception("the run failed")
         return EXIT_FAILURE

@@ -3,8 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,27 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequested(Exception):
-    """The run was asked to stop and its state is saved; starting it again goes on."""
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Outside of training there is nothing to save: a signal ends the run at once, with the exit code of a stop."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StopRequested(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+from bitnet_train.training.signals import SIGNALS, StopRequested
 
 
 class Checkpointing(L.Callback):
@@ -56,7 +35,7 @@ class Checkpointing(L.Callback):
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the signal handlers; Lightning, whose own end the run without saving, puts the old ones back."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -25,11 +25,12 @@ T = TypeVar("T")
 
 def environment() -> ClusterEnvironment | None:
     """The launcher's description of this process, or None for a process that stands alone."""
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect():
-            found: ClusterEnvironment = kind()
-            return found if found.world_size() > 1 else None
-    return None
+    found: ClusterEnvironment | None = None
+    if TorchElasticEnvironment.detect():
+        found = TorchElasticEnvironment()
+    elif "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():  # srun's; a batch script has the other variables
+        found = SLURMEnvironment(auto_requeue=False)  # Lightning's own way saves inside a signal handler
+    return found if found is not None and found.world_size() > 1 else None
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from bitnet_train.errors import UserError
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
 from bitnet_train.training import checkpoint, ranks
-from bitnet_train.training.callbacks import StopRequested, stop_on_signals
 from bitnet_train.training.card import model_card
 from bitnet_train.training.loggers import finish_wandb, forget_after
 from bitnet_train.training.parts import Parts, build, print_plan
+from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
 from bitnet_train.training.state import Restore, State, collect
+from bitnet_train.training.status import write_status
 from bitnet_train.training.trainer import make_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -80,28 +81,26 @@ def _take(file: IO[str], run_dir: Path) -> None:
 
 def _train(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
     run_dir = parts.run_dir
-    write_status(run_dir, "running", parts.module.step)
+    _report(run_dir, "running", parts.module.step)
     try:
         _fit(parts, trainer, state)
         _save_result(parts)
     except StopRequested as stop:
-        write_status(run_dir, "requeue", parts.module.step, str(stop))
+        ignore_signals()
+        _report(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
-        write_status(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
+        _report(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
         raise
     finally:
         finish_wandb()
-    write_status(run_dir, "done", parts.module.step)
+    _report(run_dir, "done", parts.module.step)
 
 
-def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
-    """status.json: running, done, requeue or failed."""
-    if not ranks.is_first():
-        return
-    temporary = run_dir / ".status.json.tmp"
-    temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason}))
-    temporary.replace(run_dir / "status.json")
+def _report(run_dir: Path, state: str, step: int, reason: str = "") -> None:
+    """The first rank writes status.json."""
+    if ranks.is_first():
+        write_status(run_dir, state, step, reason)
 
 
 def _resume(parts: Parts) -> State | None:
@@ -138,7 +137,7 @@ def _forget_later(parts: Parts, step: int) -> None:
 
 def _save(parts: Parts) -> None:
     _commit(parts, collect(parts))
-    write_status(parts.run_dir, "running", parts.module.step)
+    _report(parts.run_dir, "running", parts.module.step)
 
 
 def _commit(parts: Parts, state: State) -> None:

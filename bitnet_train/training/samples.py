@@ -9,6 +9,7 @@ import lightning as L
 
 from bitnet_train.generate import complete
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +27,17 @@ class Samples(L.Callback):
         self.prompts, self.chat, self.max_new_tokens = list(prompts), chat, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples on the first rank."""
+        """Samples on the first rank; sharded ranks all do, the first one writes."""
         assert isinstance(pl_module, TrainingModule)
-        if trainer.is_global_zero:
-            with (Path(trainer.default_root_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for prompt in self.prompts:
-                    file.write(json.dumps(self._sample(pl_module, prompt), ensure_ascii=False) + "\n")
+        if trainer.is_global_zero or is_sharded(pl_module):
+            lines = [json.dumps(self._sample(pl_module, prompt), ensure_ascii=False) for prompt in self.prompts]
+            if trainer.is_global_zero:
+                with (Path(trainer.default_root_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
 
     def _sample(self, module: TrainingModule, prompt: str) -> dict[str, str | int]:
-        text = complete(module.model, module.tokenizer, prompt, self.chat, self.max_new_tokens)
+        text = module.gathered(
+            complete, module.model, module.tokenizer, prompt, self.chat, max_new_tokens=self.max_new_tokens
+        )
         log.info("step %d  %s -> %s", module.step, prompt, text)
         return {"step": module.step, "prompt": prompt, "text": text}

@@ -11,7 +11,7 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
 from tests.commands import Command, check, commands, run
-from tests.support import ROOT, chat_rows, preference_rows, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import ROOT, environment, text_rows, tiny_tokenizer, write_jsonl
 
 TOUR = ROOT / "docs/tour.md"  # its commands need what it adds: test_tour.py
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != TOUR)]
@@ -38,11 +38,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(runs / "pretrain/model", model, special, tokenizer.save, card="")
     for stage in ("sft", "dpo"):
         shutil.copytree(runs / "pretrain", runs / stage)
-    rows = {"pretrain": text_rows(40), "sft": chat_rows(40), "dpo": preference_rows(40)}
-    for stage, of_stage in rows.items():
-        (runs / "data" / stage).mkdir(parents=True)
-        for name in ("train", "heldout"):
-            write_jsonl(runs / "data" / stage / f"{name}.jsonl", of_stage)
+    (runs / "data/pretrain").mkdir(parents=True)
+    for name in ("english", "docstrings", "code", "heldout"):
+        write_jsonl(runs / f"data/pretrain/{name}.jsonl", text_rows(40))
     tokenizer.save(runs / "data/tokenizer")
     return folder
 
@@ -55,7 +53,9 @@ def test_every_command_could_be_typed(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_cheap_commands_run(page: Path, quickstart: Path, tmp_path: Path) -> None:
+def test_cheap_commands_run(page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # of the ranks that a command starts
+        monkeypatch.setenv(name, environment()[name])
     folder = shutil.copytree(quickstart, tmp_path / "work")
     for command in commands(page):
         if command.extra is not None:

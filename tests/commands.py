@@ -2,6 +2,7 @@
 
     ```sh                     a block of commands, one a line (a backslash continues a line)
     <!-- run: WORD ... -->    on the line before: the block is cheap and is run; WORDs are added to its Python commands
+    ```python                 below such a line: a program, which is run between the commands
 
 What is not run is checked: training commands compose, tools know the options that are named, make knows the targets.
 """
@@ -24,15 +25,16 @@ from bitnet_train.cli import main as train_main
 from tests.support import ROOT, environment
 from tools.plot_schedule import composed
 
-_BLOCK = re.compile(r"(?:<!-- run:(?P<run>[^\n]*)-->\n)?```sh\n(?P<text>.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"(?:<!-- run:(?P<run>[^\n]*)-->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
 _GROUPS_BUILT = ("data", "stage", "schedule", "execution")  # what composes is also of the right types and ranges
 
 
 class Command(NamedTuple):
-    """A command of a page; `extra` is what a test adds to it, None where it is only checked."""
+    """A command of a page, or a program; `extra` is what a test adds to it, None where it is only checked."""
 
     text: str
     extra: list[str] | None
+    is_program: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -45,6 +47,9 @@ def commands(page: Path) -> Iterator[Command]:
     """The commands of a page, in its order."""
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         extra = None if block["run"] is None else shlex.split(block["run"])
+        if block["kind"] == "python":
+            yield from [Command(block["text"], extra, is_program=True)] if extra is not None else []
+            continue
         for line in block["text"].replace("\\\n", " ").splitlines():
             if shlex.split(line, comments=True):
                 yield Command(line.strip(), extra)
@@ -102,16 +107,19 @@ def output_of(tool: str, words: Sequence[str]) -> str:
 
 def run(command: Command, folder: Path) -> None:
     """Runs a command in a folder, in this process where it is a Python command of this project."""
-    words = command.words
+    if "ik_llama_cpp" in command.text and not find_spec("ik_llama_cpp"):
+        return
+    words = [] if command.is_program else command.words
     with contextlib.chdir(folder):
         if words[:3] == ["python", "-m", "bitnet_train"]:
             _exits(train_main, ["bitnet-train", *words[3:], *(command.extra or [])])
-        elif words[0] == "python":
+        elif words[:1] == ["python"]:
             output_of(words[1], [*words[2:], *(command.extra or [])])
-        elif "ik_llama_cpp" not in command.text or find_spec("ik_llama_cpp"):
+        else:
             env = environment()
             env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-            subprocess.run(["bash", "-ec", command.text], env=env, check=True, timeout=120)
+            program = ["python", "-c"] if command.is_program else ["bash", "-ec"]
+            subprocess.run([*program, command.text], env=env, check=True, timeout=120)
 
 
 def _exits(main: Callable[[], object], argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from tools.write_configuration_reference import PAGE, page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
+_PYTHON = re.compile(r"(?<!-->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)  # without a mark: test_readme.py
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 

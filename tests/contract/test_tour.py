@@ -46,7 +46,7 @@ def test_a_diff_that_does_not_fit_is_found() -> None:
 def test_what_the_tour_adds_works(tmp_path: Path) -> None:
     for name in ("bitnet_train", "conf", "recipes", "tests", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "Makefile", "docs/tour.md"):
+    for name in ("pyproject.toml", "constraints.txt", "Makefile", "docs/tour.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     text = TOUR.read_text(encoding="utf-8")

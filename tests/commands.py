@@ -84,7 +84,7 @@ def _check_training(words: Sequence[str]) -> None:
 
 
 def _is_installed(override: str) -> bool:
-    """False for an option that an extra brings which is not here, and for all of Hydra's own keys, which depend on it."""
+    """False for an option of an extra that is not here, and for Hydra's own keys, which depend on such options."""
     plugin = _PLUGINS.get(override)
     return not override.startswith("hydra.") and (plugin is None or find_spec(plugin) is not None)
 

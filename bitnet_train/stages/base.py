@@ -66,10 +66,11 @@ ALONE = Ranks()
 
 
 class Stage(ABC):
-    """A training objective.
+    """A training objective. The logged loss is loss_sum / count, whatever the reduction.
 
-    `reduction` says what the gradient of an optimizer step is: "mean", the gradient of loss_sum / count over the global
-    batch, or "sum", of loss_sum itself. The logged loss is loss_sum / count in both cases.
+    Attributes:
+        reduction: what the gradient of an optimizer step is: "mean", the gradient of loss_sum / count over the global
+            batch, or "sum", of loss_sum itself.
     """
 
     reduction: Reduction

@@ -36,7 +36,8 @@ class DirectPreference(Stage):
     """A loss over pairs, averaged over the pairs of the global batch; options and metrics have TRL's names.
 
     Attributes:
-        loss_type: a loss of `losses.preference`.
+        loss_type: sigmoid, robust, hinge, ipo, apo_zero, apo_down or sigmoid_norm; without a reference simpo or orpo.
+            `losses.preference` has the formulas.
         reference: initial, the model that training starts from, or none, for simpo and orpo.
         beta: strength of the pull towards the reference; of orpo, weight of the odds ratio.
         label_smoothing: share of pairs assumed to be labelled the wrong way round.

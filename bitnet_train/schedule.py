@@ -148,12 +148,14 @@ def _is_first_stage(step: int, total: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _TwoStage(_Falling):
-    """`second_lr` is the peak of the curve from T/2 on."""
+    """`second_lr` is the peak of the curve from T/2 on; None: two thirds of the first, as in the FAQ."""
 
-    second_lr: float
+    second_lr: float | None = None
 
     def _peak(self, step: int, total: int) -> float:
-        return self.peak_lr if _is_first_stage(step, total) else self.second_lr
+        if _is_first_stage(step, total):
+            return self.peak_lr
+        return self.peak_lr * 2 / 3 if self.second_lr is None else self.second_lr
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from bitnet_train.formats.atomic import sweep
 from bitnet_train.formats.safetensors_file import LazyTensor
 from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
-from bitnet_train.model.pretrained import SpecialIds, save_pretrained
+from bitnet_train.model.pretrained import SpecialIds, write_pretrained
 from bitnet_train.training import checkpoint, out_of_memory, ranks
 from bitnet_train.training.card import model_card
 from bitnet_train.training.collected import collected
@@ -212,5 +212,5 @@ def _write_model(parts: Parts, weights: Mapping[str, LazyTensor]) -> None:
     card = model_card(parts.settings.recipe_name, config, [json.loads(line) for line in metrics])
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
+    write_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     ProcessFailure,
@@ -136,7 +136,7 @@ class Ranks(SubprocessContext):
 
     def start(self) -> None:
         """Starts the processes. The signals are the command's, not the library's."""
-        self._start()
+        super()._start()
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         """Hands a signal to every rank, once: they agree on a step to stop at, also if it is sent again."""

@@ -165,7 +165,9 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:
-            raise UserError(_exception(failure)[0])
+            raise UserError(_exception(failure)[0].removeprefix("UserError: "))
+        if (message := _exception(failure)[0]).startswith("RunFailed: "):  # it says itself what to do
+            raise RunFailed(message.removeprefix("RunFailed: "))
     if failures:
         reason = _reason(failures, ranks.stuck)
         write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
@@ -199,11 +201,11 @@ def _named(failures: dict[int, ProcessFailure], chosen: set[int]) -> str:
 
 
 def _exception(failure: ProcessFailure) -> tuple[str, str]:
-    """The one line and the traceback of the exception that a rank left."""
+    """The exception that a rank left: its type and message in one line, and the traceback."""
     message: Any = failure.message
     if isinstance(message, str):
         return f"exit code {failure.exitcode}", message
-    return " ".join(message["message"].removeprefix("UserError: ").split()), message["extraInfo"]["py_callstack"]
+    return " ".join(message["message"].split()), message["extraInfo"]["py_callstack"]
 
 
 def _waited(failure: ProcessFailure) -> bool:

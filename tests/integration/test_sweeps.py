@@ -33,7 +33,7 @@ JOB = [
     "schedule.warmup_steps=2",
 ]
 TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.2"]
+SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.3"]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     ProcessFailure,
@@ -132,7 +132,7 @@ class Ranks(SubprocessContext):
 
     def start(self) -> None:
         """Starts the processes. The signals are the command's, not the library's."""
-        self._start()
+        super()._start()
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         """Hands a signal to every rank, once: they agree on a step to stop at, also if it is sent again."""
@@ -165,7 +165,9 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:
-            raise UserError(_exception(failure)[0])
+            raise UserError(_exception(failure)[0].removeprefix("UserError: "))
+        if (message := _exception(failure)[0]).startswith("RunFailed: "):  # it says itself what to do
+            raise RunFailed(message.removeprefix("RunFailed: "))
     if failures:
         reason = _reason(failures, ranks.stuck)
         write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
@@ -199,11 +201,11 @@ def _named(failures: dict[int, ProcessFailure], chosen: set[int]) -> str:
 
 
 def _exception(failure: ProcessFailure) -> tuple[str, str]:
-    """The one line and the traceback of the exception that a rank left."""
+    """The exception that a rank left: its type and message in one line, and the traceback."""
     message: Any = failure.message
     if isinstance(message, str):
         return f"exit code {failure.exitcode}", message
-    return " ".join(message["message"].removeprefix("UserError: ").split()), message["extraInfo"]["py_callstack"]
+    return " ".join(message["message"].split()), message["extraInfo"]["py_callstack"]
 
 
 def _waited(failure: ProcessFailure) -> bool:

@@ -88,8 +88,9 @@ def _write_state(file: Path, state: dict[str, Any]) -> None:
             torch.save(state, stream)
         except RuntimeError as error:
             refused = error.__context__
-            known = isinstance(refused, OSError)
-            raise refused if known else OSError(errno.EIO, str(error).splitlines()[0], str(file)) from None
+            if not isinstance(refused, OSError):
+                refused = OSError(errno.EIO, str(error).splitlines()[0], str(file))
+            raise refused from None
 
 
 def _link(link: Path, target: Path) -> None:

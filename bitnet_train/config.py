@@ -44,7 +44,7 @@ def register() -> None:
     """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
     for path in RECIPES_DIR.glob("*.yaml"):
         ConfigStore.instance().store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
-    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 
 
 def run_id() -> str:
@@ -79,6 +79,7 @@ class RunConfig:
     health_every: int
     val_every: int
     rank_timeout: float
+    objective: str
     dry_run: bool
 
     def __post_init__(self) -> None:

@@ -109,8 +109,7 @@ class DataModule(L.LightningDataModule):
 
     def validation_batches(self, name: str) -> ValidationBatches:
         """What this rank reads of a validation set."""
-        assert self.trainer is not None
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         return ValidationBatches(len(self.row_sets[name]), self.micro_batch_size, rank, ranks)
 
     def _loader(self, rows: Rows, **how: Any) -> DataLoader[Any]:

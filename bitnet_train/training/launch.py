@@ -33,8 +33,10 @@ from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserEr
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, write_status
+from bitnet_train.training.worker import own_rank
 
 log = logging.getLogger(__name__)
+logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
@@ -48,9 +50,7 @@ def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
         StopRequested: the run was asked to stop; its state is saved.
         RunFailed: a launched rank has failed, died or hung.
     """
-    from bitnet_train.training import ranks
-
-    count = 1 if ranks.environment() is not None else _count(config.trainer)
+    count = _count(config.trainer) if own_rank() is None else 1
     if count > 1:
         _launch(config, run_dir, count)
         return
@@ -80,7 +80,7 @@ def _count(trainer: DictConfig) -> int:
 
 def _launch(config: DictConfig, run_dir: Path, count: int) -> None:
     """Starts the ranks, hands them the first signal, and makes of their ends the outcome of the run."""
-    config.trainer.devices = count
+    OmegaConf.update(config, "trainer.devices", count, force_add=True)
     resolved = run_dir / ".hydra/resolved.yaml"
     resolved.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(resolved) as temporary:
@@ -88,9 +88,12 @@ def _launch(config: DictConfig, run_dir: Path, count: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the ranks find each other
     with tempfile.TemporaryDirectory(prefix="bitnet-train-ranks-") as logs:
         ranks = Ranks(count, (str(resolved), str(run_dir)), store.port, logs)
-        with handled_by(ranks.hand_on):
-            ranks.start()
-            result = ranks.wait(period=0.1)
+        try:
+            with handled_by(ranks.hand_on):
+                ranks.start()
+                result = ranks.wait(period=0.1)
+        finally:
+            ranks.close()
     assert result is not None  # no time-out was given
     _conclude(ranks, result, run_dir)
 
@@ -158,16 +161,21 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
     """
     failures = result.failures
     codes = {failure.exitcode for failure in failures.values()}
-    if EXIT_REQUEUE in codes or (failures and ranks.asked):
+    if EXIT_REQUEUE in codes or -ranks.asked in codes - {0}:  # the latter has died before it could listen
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:
             raise UserError(_exception(failure)[0])
     if failures:
         reason = _reason(failures, ranks.stuck)
-        step = read_status(run_dir)["step"]
-        write_status(run_dir, "failed", step or 0, reason)
-        raise RunFailed(f"{reason}; start the same command again: it goes on from step {step or 0}")
+        write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
+        raise RunFailed(f"{reason}; start the same command again: it goes on from step {_saved_step(run_dir)}")
+
+
+def _saved_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, from the name that `checkpoints/last` points to."""
+    name = (run_dir / "checkpoints/last").resolve().name
+    return int(name.rpartition("-")[2]) if "-" in name else 0
 
 
 def _reason(failures: dict[int, ProcessFailure], stuck: set[int]) -> str:

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import lightning as L
 import torch
@@ -27,13 +27,16 @@ from bitnet_train.model.bitlinear import forget_codes, set_strength
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters
 from bitnet_train.schedule import Schedule
-from bitnet_train.stages.base import Mean, Stage, StageOutput
+from bitnet_train.stages.base import Mean, Ranks, Stage, StageOutput
 from bitnet_train.training import ranks
 from bitnet_train.training.guard import StepGuard
 from bitnet_train.training.health import TernaryHealth
+from bitnet_train.training.sharding import is_sharded, own_part, shard, whole
 from bitnet_train.training.throughput import Throughput
 
 Metrics = dict[str, float]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Sums:
@@ -104,8 +107,8 @@ class TrainingModule(L.LightningModule):
         schedule: Schedule,
         tokenizer: Tokenizer,
         steps: int,
-        log_every: int,
-        health_every: int,
+        log_every: int = 10,
+        health_every: int = 0,
         warmup_steps: int = 0,
         skip_nonfinite: int = 0,
     ) -> None:
@@ -133,16 +136,34 @@ class TrainingModule(L.LightningModule):
         """True when no gradient is being accumulated: the moment to save or stop."""
         return self._micro_batches == 0
 
+    def configure_model(self) -> None:
+        """Shards the decoder where the strategy has a mesh for it; a second call changes nothing."""
+        if self.device_mesh is not None and not is_sharded(self):
+            shard(self, self.model, self.device_mesh["data_parallel"], ("training_step", "validation_step", "gathered"))
+
+    def gathered(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """function(*args, **kwargs), which runs the decoder outside of the steps; sharded ranks call it together."""
+        return function(*args, **kwargs)
+
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the decoder's parameters."""
         optimizer = self.optimizer_config.build(self.model.named_parameters())
         optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
         return optimizer
 
+    def setup(self, stage: str) -> None:
+        """Reads the data for as many steps as the run has, and accumulates over the micro-batches of a step."""
+        if stage == "fit":
+            data = self._data()
+            data.steps = self.steps
+            per_step = data.micro_batches(self.trainer.global_rank, self.trainer.world_size).per_step
+            self.trainer.accumulate_grad_batches = per_step
+
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""
         data = self._data()
-        self.stage.prepare(self.model, data.row_sets, data.cache_dir, self._precision)
+        group = Ranks(ranks.rank(), ranks.count(), self._over_ranks, whole, self.gathered)
+        self.stage.prepare(self.model, data.row_sets, data.cache_dir, self._precision, group)
 
     def _data(self) -> DataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -196,8 +217,8 @@ class TrainingModule(L.LightningModule):
         sums = self._this_step.reduce(self._over_ranks)
         count = max(sums["loss"][1], 1.0)
         divisor = count if self.stage.reduction == "mean" else 1.0
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(grads)) / divisor
+        grads = [own_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = self._norm(grads) / divisor
         order = self._data().micro_batches(ranks.rank(), ranks.count())
         if not self.guard.passes(self.step, norm, sums["loss"][0], order):
             optimizer.zero_grad()  # without gradients it changes nothing
@@ -210,6 +231,11 @@ class TrainingModule(L.LightningModule):
         self._update = {"train/lr": lr, "train/weight_decay": decay, "train/grad_norm": norm}
         if self.warmup_steps:
             self._update["train/quantization_strength"] = self.strength
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        """Of the whole gradient: over shards, the squares of their norms add up."""
+        norm = nn.utils.get_total_norm(grads).double()
+        return float(self._over_ranks(norm.square()).sqrt() if is_sharded(self) else norm)
 
     def _clip(self, norm: float, count: float) -> float:
         """What the gradient is multiplied by so that its norm is at most the limit."""
@@ -239,7 +265,7 @@ class TrainingModule(L.LightningModule):
             self.latest = metrics
         if self.health.is_due(self.step):
             with self._precision():
-                metrics = {**metrics, **self.health.measure(self.model, batch)}
+                metrics = {**metrics, **self.gathered(self.health.measure, self.model, batch)}
         if metrics:
             self.log_event(metrics)
 

@@ -29,7 +29,7 @@ def environment() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():
         found = TorchElasticEnvironment()
     elif "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():  # srun's; a batch script has the other variables
-        found = SLURMEnvironment()
+        found = SLURMEnvironment(auto_requeue=False)  # Lightning's own way saves inside a signal handler
     return found if found is not None and found.world_size() > 1 else None
 
 

@@ -10,6 +10,7 @@ import lightning as L
 from bitnet_train.generate import complete
 from bitnet_train.training.loggers import append
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ class Samples(L.Callback):
         self.prompts, self.chat, self.max_new_tokens = list(prompts), chat, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples on the first rank. What the disk does not take is in the log."""
+        """Samples on the first rank (sharded ranks all take part). What the disk does not take is in the log."""
         assert isinstance(pl_module, TrainingModule)
+        if not (trainer.is_global_zero or is_sharded(pl_module)):
+            return
+        samples = [self._sample(pl_module, prompt) for prompt in self.prompts]
         if trainer.is_global_zero:
-            samples = [self._sample(pl_module, prompt) for prompt in self.prompts]
             lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
             try:
                 append(Path(trainer.default_root_dir) / "samples.jsonl", "".join(lines))
@@ -38,6 +41,8 @@ class Samples(L.Callback):
                 log.warning("samples.jsonl cannot be written (%s)", error.strerror)
 
     def _sample(self, module: TrainingModule, prompt: str) -> dict[str, str | int]:
-        text = complete(module.model, module.tokenizer, prompt, self.chat, self.max_new_tokens)
+        text = module.gathered(
+            complete, module.model, module.tokenizer, prompt, self.chat, max_new_tokens=self.max_new_tokens
+        )
         log.info("step %d  %s -> %s", module.step, prompt, text)
         return {"step": module.step, "prompt": prompt, "text": text}

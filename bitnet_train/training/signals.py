@@ -11,12 +11,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeAlias
 
+from bitnet_train.errors import EXIT_REQUEUE
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
 
-class StopRequested(BaseException):
-    """The run was asked to stop and its state is saved; starting it again goes on. No error: nothing may swallow it."""
+class StopRequested(SystemExit):
+    """The run was asked to stop and its state is saved; starting it again goes on.
+
+    No error, so that nothing swallows it. A process that does not catch it ends with the exit code of a stop.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = EXIT_REQUEUE
 
 
 @contextmanager

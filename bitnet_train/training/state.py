@@ -63,7 +63,7 @@ def collect(parts: Parts) -> State:
     }
 
 
-def _own(state: State, seed: int) -> dict[str, Any]:
+def own_part(state: State, seed: int) -> dict[str, Any]:
     """This rank's part of a state; see the module's text for a group of another size."""
     saved: list[dict[str, Any]] = state["ranks"]
     if len(saved) == ranks.count():
@@ -93,7 +93,7 @@ class Restore(L.Callback):
             return
         assert isinstance(pl_module, TrainingModule)
         state, self.state = self.state, None
-        own = _own(state, self.seed)
+        own = own_part(state, self.seed)
         pl_module.guard.skipped = state["skipped"]
         pl_module.model.load_state_dict(state["model"])
         trainer.optimizers[0].load_state_dict(state["optimizer"])

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
-from bitnet_train.training import ranks
+from bitnet_train.training import ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
 from bitnet_train.training.parts import Parts
 
@@ -64,14 +64,20 @@ def make_trainer(
 def _distribution(node: DictConfig) -> dict[str, object]:
     """The launcher's description of the ranks, and DDP where several ranks have no other strategy.
 
-    A decoder has no buffers that ranks would have to agree on, and every parameter has a gradient.
+    A decoder has no buffers that ranks would have to agree on, and every parameter has a gradient. A single process has
+    nothing to share out.
     """
-    environment = ranks.environment()
+    environment, strategy = ranks.environment(), node.get("strategy", "auto")
     if environment is None:
-        return {}
-    plain = node.get("strategy", "auto") in ("auto", "ddp")
-    strategy = {"strategy": DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)} if plain else {}
-    return {"plugins": [environment], **strategy}
+        return {"strategy": "auto"} if strategy == "fsdp" else {}
+    if strategy == "fsdp":  # inference tensors cannot be gathered into again
+        return {"plugins": [environment], "strategy": sharding.strategy(), "inference_mode": False}
+    if strategy in ("auto", "ddp"):
+        return {
+            "plugins": [environment],
+            "strategy": DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
+        }
+    return {"plugins": [environment]}
 
 
 def _check(trainer: L.Trainer) -> None:

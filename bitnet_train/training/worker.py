@@ -26,6 +26,16 @@ def main() -> NoReturn:
     leave(code)
 
 
+def own_rank() -> int | None:
+    """The number of this process among those that were started together, None for one that stands alone."""
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
+        return None
+    from bitnet_train.training import ranks
+
+    environment = ranks.environment()
+    return environment.global_rank() if environment is not None else None
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process at once, with what was printed."""
     ignore_signals()

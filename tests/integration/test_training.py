@@ -298,7 +298,7 @@ BAD_INPUT = {
     "stage=dpo": "stage DirectPreference does not read TextData",
     "stage.reduction=avg": "stage.reduction must be mean or sum, got 'avg'",
     "data.num_workers=-1": "data.num_workers must be at least 0",
-    "trainer.devices=2": "must be 1 in this version, got 2",
+    "trainer.devices=0": "trainer.devices must be a number of at least 1, or auto, got 0",
     "resume=nowhere": "resume=nowhere: no checkpoint there",
 }
 

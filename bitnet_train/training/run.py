@@ -90,7 +90,8 @@ def _train(parts: Parts, trainer: L.Trainer, state: State | None, lock: RunLock)
         _report(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
-        _report(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        _report(run_dir, "failed", parts.module.step, reason)
         raise
     finally:
         finish_wandb()

@@ -81,6 +81,13 @@ def retain(newest: Path, keep_last: int, keep_best: int = 0) -> None:
             shutil.rmtree(old)
 
 
+def settle(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Does what is left to do of a save whose process was killed after the rename: links and removals."""
+    found = _steps(folder)
+    if found:
+        retain(found[-1], keep_last, keep_best)
+
+
 def _write_state(file: Path, state: dict[str, Any]) -> None:
     """torch reports what the stream refused as a RuntimeError of its own."""
     with file.open("wb") as stream:

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
 
-    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
+    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only);
+                                            sharded tensors lie in files of their own beside it (`shards`)
     checkpoints/step-000100/metrics.json    the validation loss of this step, where one was measured
     checkpoints/step-000100/manifest.json   size and sha256 of every file, written last
     checkpoints/last, best                  links to the newest, and to the one with the lowest validation loss
@@ -16,7 +17,8 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ def _entry(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{_PREFIX}{step:06d}"
+
+
 def save(
     folder: Path, step: int, state: dict[str, Any], keep_last: int, keep_best: int = 0, loss: float | None = None
 ) -> Path:
@@ -51,16 +58,25 @@ def save(
     Raises:
         OSError: the disk did not take it; what was there before is untouched.
     """
-    target = folder / f"{_PREFIX}{step:06d}"
-    if target.exists():  # the run went on from it; the same step of the same run is the same state
-        return target
+    target = folder_of(folder, step)
+    if not target.exists():  # where it is, the run went on from it; the same step of the same run is the same state
+        with committed(target, state, keep_last, keep_best, loss):
+            pass
+    return target
+
+
+@contextmanager
+def committed(
+    target: Path, state: dict[str, Any], keep_last: int, keep_best: int = 0, loss: float | None = None
+) -> Iterator[Path]:
+    """Yields the folder that becomes the checkpoint when the block ends; others may write into it. See `save`."""
     with atomic_folder(target) as temporary:
         _write_state(temporary / STATE, state)
         if loss is not None:
             (temporary / METRICS).write_text(json.dumps({LOSS: loss}))
+        yield temporary
         seal(temporary)
     retain(target, keep_last, keep_best)
-    return target
 
 
 def seal(folder: Path) -> None:

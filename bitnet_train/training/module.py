@@ -31,6 +31,7 @@ from bitnet_train.stages.base import Mean, Ranks, Stage, StageOutput
 from bitnet_train.training import ranks
 from bitnet_train.training.guard import StepGuard
 from bitnet_train.training.health import TernaryHealth
+from bitnet_train.training.low_bit import gather_codes, refresh_scales
 from bitnet_train.training.sharding import is_sharded, own_part, shard, whole
 from bitnet_train.training.throughput import Throughput
 
@@ -90,6 +91,7 @@ class TrainingModule(L.LightningModule):
         skip_nonfinite: steps in a row without a finite loss and gradient that are left out; see `StepGuard`.
 
     Attributes:
+        low_bit_gather: whether sharded weights travel as codes, see `training.low_bit`.
         step: optimizer steps done in the run, earlier starts included.
         tokens: positions trained on so far, over all ranks, without padding.
         latest: the last train metrics that were logged.
@@ -118,6 +120,7 @@ class TrainingModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.steps, self.log_every, self.warmup_steps = steps, log_every, warmup_steps
         self.step = self.tokens = 0
+        self.low_bit_gather = False
         self.latest: Metrics = {}
         self.health, self._throughput = TernaryHealth(health_every), Throughput()
         self.guard = StepGuard(skip_nonfinite)
@@ -140,6 +143,9 @@ class TrainingModule(L.LightningModule):
         """Shards the decoder where the strategy has a mesh for it; a second call changes nothing."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self, self.model, self.device_mesh["data_parallel"], ("training_step", "validation_step", "gathered"))
+            if self.low_bit_gather:
+                gather_codes(self.model.model.layers)
+                refresh_scales(self.model)
 
     def gathered(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """function(*args, **kwargs), which runs the decoder outside of the steps; sharded ranks call it together."""
@@ -148,7 +154,7 @@ class TrainingModule(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the decoder's parameters."""
         optimizer = self.optimizer_config.build(self.model.named_parameters())
-        optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
+        optimizer.register_step_post_hook(lambda *_: self._weights_changed())
         return optimizer
 
     def setup(self, stage: str) -> None:
@@ -158,6 +164,12 @@ class TrainingModule(L.LightningModule):
             data.steps = self.steps
             per_step = data.micro_batches(self.trainer.global_rank, self.trainer.world_size).per_step
             self.trainer.accumulate_grad_batches = per_step
+
+    def _weights_changed(self) -> None:
+        """What was made of the weights is of other weights now."""
+        forget_codes(self.model)
+        if self.low_bit_gather:
+            refresh_scales(self.model)
 
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""
@@ -179,7 +191,8 @@ class TrainingModule(L.LightningModule):
         return reduced
 
     def on_train_start(self) -> None:
-        """Starts the clock, and takes the codes that flips are counted from."""
+        """Starts the clock, and takes the codes that flips are counted from; weights may come from a checkpoint."""
+        self._weights_changed()
         self.health.start(self.model)
         self._throughput.restart()
 

@@ -35,9 +35,12 @@ def environment() -> ClusterEnvironment | None:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the group for as long as the block runs; a collective that waits longer than `timeout` seconds fails."""
+    """Joins the group for as long as the block runs; a collective that waits longer than `timeout` seconds fails.
+
+    A caller that has joined it already stays in it.
+    """
     found = environment()
-    if found is None:
+    if found is None or dist.is_initialized():
         yield
         return
     os.environ |= {"MASTER_ADDR": found.main_address, "MASTER_PORT": str(found.main_port)}

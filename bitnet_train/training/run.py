@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.formats.atomic import sweep
+from bitnet_train.formats.safetensors_file import LazyTensor
+from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
 from bitnet_train.training import checkpoint, out_of_memory, ranks
 from bitnet_train.training.card import model_card
+from bitnet_train.training.collected import collected
 from bitnet_train.training.lock import RunLock, locked
 from bitnet_train.training.loggers import finish_wandb, forget_after
 from bitnet_train.training.parts import Parts, build, print_plan
+from bitnet_train.training.saving import Saver
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
-from bitnet_train.training.state import Restore, State, collect
+from bitnet_train.training.state import Found, Restore, collect
 from bitnet_train.training.status import write_status
 from bitnet_train.training.trainer import make_trainer, quiet_lightning
 
@@ -70,23 +74,25 @@ def _digest(config: DictConfig) -> str:
 
 
 def _run(parts: Parts, config: DictConfig, lock: RunLock) -> None:
-    state = _resume(parts)
-    restore = Restore(state, parts.settings.seed)
-    trainer = make_trainer(parts, config, [restore], lambda: _save(parts, collect(parts), lock))
+    found, settings = _resume(parts), parts.settings
+    saver = Saver(parts.run_dir / "checkpoints", settings.keep_last, settings.keep_best, settings.rank_timeout)
+    restore = Restore(found, settings.seed)
+    trainer = make_trainer(parts, config, [restore], lambda: _save(parts, collect(parts), lock, saver))
     print_plan(parts)
-    if not parts.settings.dry_run:
-        _train(parts, trainer, state, lock)
+    if not settings.dry_run:
+        _train(parts, lambda: _fit(parts, trainer, found, lock, saver), saver)
 
 
-def _train(parts: Parts, trainer: L.Trainer, state: State | None, lock: RunLock) -> None:
+def _train(parts: Parts, fit: Callable[[], str], saver: Saver) -> None:
     run_dir = parts.run_dir
     _report(run_dir, "running", parts.module.step)
     try:
         with out_of_memory.explained(parts.module):
-            unsaved = _fit(parts, trainer, state, lock)
+            unsaved = fit()
         _finish(parts, unsaved)
     except StopRequested as stop:
         ignore_signals()
+        _check_saved(saver, str(stop))
         _report(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
@@ -95,6 +101,14 @@ def _train(parts: Parts, trainer: L.Trainer, state: State | None, lock: RunLock)
         raise
     finally:
         finish_wandb()
+
+
+def _check_saved(saver: Saver, reason: str) -> None:
+    """What is being written when a run is asked to stop is its last state."""
+    try:
+        saver.wait_here()
+    except OSError as error:
+        raise RunFailed(f"asked to stop ({reason}), but the state was not saved: {error}") from error
 
 
 def _report(run_dir: Path, state: str, step: int, reason: str = "") -> None:
@@ -106,7 +120,7 @@ def _report(run_dir: Path, state: str, step: int, reason: str = "") -> None:
         log.warning("status.json cannot be written (%s)", error)
 
 
-def _resume(parts: Parts) -> State | None:
+def _resume(parts: Parts) -> Found | None:
     """The state to go on from, if there is one; step and position are set already."""
     found = ranks.on_first(lambda: checkpoint.find(parts.run_dir / "checkpoints", parts.settings.resume))
     if found is None:
@@ -115,24 +129,24 @@ def _resume(parts: Parts) -> State | None:
     parts.module.step, parts.module.tokens = state["step"], state["tokens"]
     parts.data.first_step = parts.module.step
     log.info("resuming from %s", found)
-    return state
+    return Found(found, state)
 
 
-def _fit(parts: Parts, trainer: L.Trainer, state: State | None, lock: RunLock) -> str:
+def _fit(parts: Parts, trainer: L.Trainer, found: Found | None, lock: RunLock, saver: Saver) -> str:
     """Trains what is left; returns why the last checkpoint could not be written.
 
     It comes after the last validation: found again, nothing is missing.
     """
     module, data = parts.module, parts.data
-    ranks.on_first(lambda: _forget_later(parts, module.step if state else -1))
-    if state is not None and module.step >= module.steps:
-        module.model.load_state_dict(state["model"])
+    ranks.on_first(lambda: _forget_later(parts, module.step if found else -1))
+    if found is not None and module.step >= module.steps:
+        module.model.load_state_dict(fill({"model": found.state["model"]}, found.folder)["model"])
         return ""
     trainer.fit(module, datamodule=data)
     last = collect(parts)
     if module.step % parts.settings.val_every:
         trainer.validate(module, datamodule=data, verbose=False)
-    return _save(parts, last, lock)
+    return _save(parts, last, lock, saver) or saver.wait()
 
 
 def _forget_later(parts: Parts, step: int) -> None:
@@ -143,29 +157,28 @@ def _forget_later(parts: Parts, step: int) -> None:
     forget_after(parts.run_dir / "metrics.jsonl", step)
 
 
-def _save(parts: Parts, state: State, lock: RunLock) -> str:
-    """Writes a checkpoint; returns why that failed, and "" if it did not, on every rank the same."""
-    failure = ranks.attempt(lambda: _commit(parts, state, lock))
-    if failure and ranks.is_first():
+def _save(parts: Parts, state: State, lock: RunLock, saver: Saver) -> str:
+    """Writes a checkpoint; returns why that failed, and "" if it did not, on every rank the same.
+
+    No checkpoint is newer than its log lines.
+    """
+    module, validated = parts.module, parts.module.validated
+    loss = validated[1] if validated is not None and validated[0] == module.step else None
+    failure = _on_first(lambda: _flush(parts, lock)) or saver.save(module.step, state, loss)
+    if not failure:
+        _report(parts.run_dir, "running", module.step)
+    elif ranks.is_first():
         log.warning(
             "step %d: no checkpoint was written (%s); those before it stay, and the next is tried when it is due",
-            parts.module.step,
+            module.step,
             failure,
         )
     return failure
 
 
-def _commit(parts: Parts, state: State, lock: RunLock) -> None:
-    """The first rank writes, in this order: no checkpoint is newer than its log lines."""
-    if not ranks.is_first():
-        return
-    settings, step = parts.settings, parts.module.step
+def _flush(parts: Parts, lock: RunLock) -> None:
     lock.check()
     parts.metrics.flush()
-    validated = parts.module.validated
-    loss = validated[1] if validated is not None and validated[0] == step else None
-    checkpoint.save(parts.run_dir / "checkpoints", step, state, settings.keep_last, settings.keep_best, loss)
-    _report(parts.run_dir, "running", step)
 
 
 def _finish(parts: Parts, unsaved: str) -> None:
@@ -175,7 +188,7 @@ def _finish(parts: Parts, unsaved: str) -> None:
         RunFailed: it could not be written, or the last checkpoint could not.
     """
     done = partial(write_status, parts.run_dir, "done", parts.module.step)
-    failure = _on_first(lambda: _write_result(parts)) or unsaved or _on_first(done)
+    failure = ranks.attempt(lambda: _write_result(parts)) or unsaved or _on_first(done)
     if failure:
         raise RunFailed(
             f"the run has come to its end, but not all of it could be written: {failure}; make room, then start it "
@@ -189,10 +202,18 @@ def _on_first(write: Callable[[], None]) -> str:
 
 
 def _write_result(parts: Parts) -> None:
+    """Every rank hands its rows to the first one, which writes."""
+    with collected(parts.module.model.state_dict()) as weights:
+        if ranks.is_first():
+            _write_model(parts, weights)
+
+
+def _write_model(parts: Parts, weights: Mapping[str, LazyTensor]) -> None:
     parts.metrics.flush()
     metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
-    card = model_card(parts.settings.recipe_name, parts.module.model.config, [json.loads(line) for line in metrics])
+    config = parts.module.model.config
+    card = model_card(parts.settings.recipe_name, config, [json.loads(line) for line in metrics])
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
+    save_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")

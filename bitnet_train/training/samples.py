@@ -28,17 +28,16 @@ class Samples(L.Callback):
         self.prompts, self.chat, self.max_new_tokens = list(prompts), chat, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples on the first rank (sharded ranks all take part). What the disk does not take is in the log."""
+        """The first rank samples; sharded ranks all do. What the disk does not take is in the log."""
         assert isinstance(pl_module, TrainingModule)
         if not (trainer.is_global_zero or is_sharded(pl_module)):
             return
-        samples = [self._sample(pl_module, prompt) for prompt in self.prompts]
-        if trainer.is_global_zero:
-            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-            try:
+        lines = [json.dumps(self._sample(pl_module, prompt), ensure_ascii=False) + "\n" for prompt in self.prompts]
+        try:
+            if trainer.is_global_zero:
                 append(Path(trainer.default_root_dir) / "samples.jsonl", "".join(lines))
-            except OSError as error:
-                log.warning("samples.jsonl cannot be written (%s)", error.strerror)
+        except OSError as error:
+            log.warning("samples.jsonl cannot be written (%s)", error.strerror)
 
     def _sample(self, module: TrainingModule, prompt: str) -> dict[str, str | int]:
         text = module.gathered(

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
+from bitnet_train.model.execution import Execution
+from bitnet_train.optim import AdamW8bit
 from bitnet_train.training import ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
 from bitnet_train.training.parts import Parts
@@ -97,8 +99,25 @@ def _set_rhythm(trainer: L.Trainer, parts: Parts, config: DictConfig) -> None:
     per_step = parts.data.micro_batches(ranks.rank(), ranks.count()).per_step
     trainer.accumulate_grad_batches = per_step
     trainer.val_check_interval = parts.settings.val_every * per_step
-    configuration.build(config.execution, "execution").apply(parts.module.model, per_step)
+    execution: Execution = configuration.build(config.execution, "execution")
+    execution.apply(parts.module.model, per_step)
+    parts.module.low_bit_gather = execution.low_bit_gather
+    _check_sharding(execution, parts, config)
     _count_as_done(trainer, parts.module.step, per_step)
+
+
+def _check_sharding(execution: Execution, parts: Parts, config: DictConfig) -> None:
+    """What does not go together with shards, or only with them."""
+    is_sharded = config.trainer.get("strategy") == "fsdp"
+    if is_sharded and isinstance(parts.module.optimizer_config, AdamW8bit):
+        raise UserError("optimizer=adamw_8bit writes into whole weights, trainer=fsdp shards them; use optimizer=adamw")
+    if execution.low_bit_gather and not is_sharded:
+        raise UserError("execution.low_bit_gather=true is for sharded weights; add trainer=fsdp, or leave it out")
+    if execution.low_bit_gather and parts.module.warmup_steps:
+        raise UserError(
+            f"execution.low_bit_gather=true moves codes alone, quantization_warmup_steps={parts.module.warmup_steps} "
+            "needs the weights as well; set either to its default"
+        )
 
 
 def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
@@ -109,7 +128,8 @@ def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
 
 
 def quiet_lightning() -> None:
-    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
+    """Leaves out Lightning's banners, its advice on loaders, and FSDP2's on views: nothing changes a layer's output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
+_EXPLAINED = f"{RunFailed.__name__}: "  # how the message of one that needs no traceback begins
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
 
 
@@ -192,8 +193,9 @@ def _reason(failures: dict[int, ProcessFailure], stuck: set[int]) -> str:
         return f"{_named(failures, killed)} was ended by {name}{hint}"
     rank = min(first, key=lambda rank: (_lost_another(first[rank]), first[rank].timestamp, rank))
     message, trace = _exception(first[rank])
-    log.error("%s", trace)
-    return f"{_named(failures, {rank})} failed: {message}"
+    if not message.startswith(_EXPLAINED):
+        log.error("%s", trace)
+    return f"{_named(failures, {rank})} failed: {message.removeprefix(_EXPLAINED)}"
 
 
 def _named(failures: dict[int, ProcessFailure], chosen: set[int]) -> str:

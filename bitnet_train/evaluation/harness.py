@@ -130,7 +130,7 @@ class BitNetLM(LM):  # type: ignore[misc]
     def _generate(self, context: str, options: Mapping[str, Any]) -> str:
         new_tokens = min(options["max_gen_toks"], self.max_length // 2)
         ids = self._context_ids(context)[new_tokens - self.max_length :]
-        sampling = (options["temperature"], options.get("top_p", 1.0), self.generator)
+        sampling = (options.get("temperature", 0.0), options.get("top_p", 1.0), self.generator)
         pieces = stream(self.model, self.tokenizer, ids, new_tokens, *sampling)
         return until(pieces, [string for string in options["until"] if string])
 

@@ -1,6 +1,6 @@
 """End to end against what a user would pick instead: the same model, rows, batch, optimizer and number of steps.
 
-    python tools/benchmark_peers.py STAGE [--rounds N] [--steps N] [--json OUT] [key=value ...]
+    python tools/benchmark_peers.py STAGE [--steps N] [--starts N] [--json OUT] [key=value ...]
 
     pretrain    transformers' BitNet (AutoBitLinear online) in a plain loop; torchao and onebitllms where they run
     sft         TRL's SFTTrainer, packed and padded
@@ -9,24 +9,24 @@
 STAGE is one of these. The data are the quickstart's (tools/prepare_quickstart.py), the weights of sft and dpo too
 (make quickstart); `key=value` overrides the quickstart's recipe, such as init_from=DIR or model.hidden_size=1024.
 
-Every contestant trains in a process of its own, in turns: a short first run, which fills caches (tokens, compiled code,
-references), then one run per round. Ratios are taken round by round, and reported as median and quartiles.
+Every contestant is a process of its own. It is started several times for one step, at first with empty caches (tokens,
+compiled code, references; --caches keeps them). In the measurement all of them are alive and take turns, a step each per round, so that a
+noisy machine is noisy for all. Ratios are taken within a round, and reported as median and quartiles.
 
-    tokens/s       of the steps after the first three; a token is a position that predicts one of its own document
-    seconds to     a held-out loss that all reach, from the start of the process, evaluations left out
-    start          from the start of the process to the end of the first step, with filled caches, and without
-    memory         the largest resident set of the process; on CUDA also of the device
+    tokens/s       of a step; a token is a position that predicts one of its own document. The first three are left out
+    seconds to     a held-out loss that all reach: start and steps, without evaluations and the others' turns
+    start          from the start of the process to the end of the first step; the first one fills the caches
+    MB             the largest resident set of the process; on CUDA of the device if that is more
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -34,12 +34,11 @@ from rich.table import Table
 
 from benchmarking import Spread, context_line, ratios, unavailable, write_results
 from bitnet_train.errors import UserError, run_command
-from peers.clock import RESULT, STARTED
 from peers.prepare import prepare, words_of
+from peers.process import WARM_UP, Process, Run, fresh_folder
 from peers.task import MODEL, Task
 
 OURS = "bitnet_train"
-WARM_UP, FIRST_RUN = 3, 4  # steps that a rate leaves out; steps of the run that fills caches
 TOOLS = Path(__file__).parent
 
 
@@ -72,44 +71,17 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the clock of one process said: seconds since its start, tokens of every step, (seconds, held-out loss)."""
-
-    ends: list[float]
-    tokens: list[int]
-    losses: list[tuple[float, float]]
-    host_bytes: int
-    device_bytes: int
-
-    @property
-    def start(self) -> float:
-        """Seconds to the end of the first step."""
-        return self.ends[0]
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second after the first steps."""
-        skip = min(WARM_UP, len(self.ends) - 1)
-        return sum(self.tokens[skip:]) / (self.ends[-1] - self.ends[skip - 1])
-
-    def seconds_to(self, loss: float) -> float:
-        """When the held-out loss first fell to `loss`, on straight lines between the measurements; inf if never."""
-        before: tuple[float, float] | None = None
-        for seconds, value in self.losses:
-            if value <= loss:
-                share = (before[1] - loss) / (before[1] - value) if before else 1.0
-                return before[0] + share * (seconds - before[0]) if before else seconds
-            before = seconds, value
-        return float("inf")
-
-
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """The runs of a contestant: the first one, and one of every round. Or the reason why there are none."""
+    """What was measured of a contestant, or the reason why nothing was.
 
-    first: Run | None
-    rounds: list[Run]
+    Attributes:
+        starts: seconds to the first step, with empty caches at first.
+        run: the measurement.
+    """
+
+    starts: list[float] = field(default_factory=list)
+    run: Run | None = None
     reason: str = ""
 
 
@@ -121,92 +93,121 @@ def command(name: str, task: Task, out: Path, steps: int, overrides: Sequence[st
     settings = [f"+callbacks.clock.{key}={value}" for key, value in clock.items()]
     run = (f"run_dir={out / 'run'}", f"init_from={task.folder / MODEL}", f"max_steps={steps}", "data.val=null")
     kept = [word for word in overrides if not word.startswith(("init_from=", "data.val="))]
-    return ["-m", "bitnet_train", *words_of(task.stage, task.folder, kept), *settings, *run]
+    return ["-m", "bitnet_train", *words_of(task.stage, task.caches, kept), *settings, *run]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """No network, caches of this benchmark's own, and the time of the start."""
+def environment(caches: Path) -> dict[str, str]:
+    """No network, and caches of this benchmark's own."""
     own = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "datasets", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
     path = os.pathsep.join([str(TOOLS), str(TOOLS.parent), os.environ.get("PYTHONPATH", "")])
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    caches = {name: str(folder / where) for name, where in own.items()}
-    return {**os.environ, **quiet, **caches, "PYTHONPATH": path, STARTED: repr(time.monotonic())}
+    return {**os.environ, **quiet, **{name: str(caches / where) for name, where in own.items()}, "PYTHONPATH": path}
 
 
-def run_contestant(name: str, task: Task, steps: int, overrides: Sequence[str]) -> Run | str:
-    """One run in a process of its own, or the last line that it said before it failed."""
-    with tempfile.TemporaryDirectory(dir=task.folder) as out:
-        words = [sys.executable, *command(name, task, Path(out), steps, overrides)]
-        done = subprocess.run(words, env=environment(task.folder), capture_output=True, text=True, check=False)
-        if done.returncode:
-            return (done.stderr.strip() or "no message").splitlines()[-1]
-        values = json.loads((Path(out) / RESULT).read_text())
-    run = Run(**{**values, "losses": [(seconds, loss) for seconds, loss in values["losses"]]})
-    print(f"{name}: start {run.start:.1f} s, {run.rate:,.0f} tokens/s", file=sys.stderr, flush=True)
-    return run
+class Comparison:
+    """All contestants of a task.
 
+    Args:
+        task: what they train.
+        names: the contestants, ours first.
+        overrides: of the quickstart's recipe.
+        device: cpu or cuda.
 
-def compare(task: Task, names: Sequence[str], rounds: int, overrides: Sequence[str], device: str) -> dict[str, Result]:
-    """All contestants that can run here, in turns."""
-    results = {name: _first(name, task, overrides, device) for name in names}
-    for _ in range(rounds):
-        for name, result in results.items():
-            if not result.reason:
-                run = run_contestant(name, task, task.steps, overrides)
-                if isinstance(run, str):
-                    results[name] = Result(None, [], run)
-                else:
-                    result.rounds.append(run)
-    return results
+    Attributes:
+        results: by name; one that cannot run or fails keeps the reason.
+    """
 
+    def __init__(self, task: Task, names: Sequence[str], overrides: Sequence[str], device: str) -> None:
+        self.task, self.overrides = task, overrides
+        self.results = {name: Result() for name in names}
+        for name, result in self.results.items():
+            contestant = CONTESTANTS[task.stage][name]
+            result.reason = unavailable(contestant.needs, contestant.cuda_only, device) or ""
 
-def _first(name: str, task: Task, overrides: Sequence[str], device: str) -> Result:
-    contestant = CONTESTANTS[task.stage][name]
-    if reason := unavailable(contestant.needs, contestant.cuda_only, device):
-        return Result(None, [], reason)
-    run = run_contestant(name, task, min(FIRST_RUN, task.steps), overrides)
-    return Result(None, [], run) if isinstance(run, str) else Result(run, [])
+    def _running(self) -> list[str]:
+        return [name for name, result in self.results.items() if not result.reason]
 
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """A contestant that fails is out, with the reason; without ours there is nothing to compare with."""
+        try:
+            yield
+        except UserError as error:
+            if name == OURS:
+                raise
+            self.results[name].reason = str(error)
 
-def common_loss(results: dict[str, Result]) -> float:
-    """The lowest held-out loss that every run reached."""
-    return max(min(loss for _, loss in run.losses) for result in results.values() for run in result.rounds)
+    def _process(self, name: str, steps: int) -> Process:
+        out = fresh_folder(self.task.folder)
+        began = time.monotonic()
+        process = Process(command(name, self.task, out, steps, self.overrides), out, environment(self.task.caches))
+        print(f"{name}: {time.monotonic() - began:.1f} s to the first step", file=sys.stderr, flush=True)
+        return process
+
+    def measure_starts(self, times: int) -> None:
+        """Every contestant for one step, in turns."""
+        for _ in range(times):
+            for name in self._running():
+                with self._failing(name):
+                    self.results[name].starts.append(self._process(name, steps=1).finish().start)
+
+    def take_turns(self) -> None:
+        """The measurement."""
+        processes: dict[str, Process] = {}
+        for name in self._running():
+            with self._failing(name):
+                processes[name] = self._process(name, self.task.steps)
+        for step in range(2, self.task.steps + 1):
+            for name in self._running():
+                with self._failing(name):
+                    processes[name].step()
+            print(f"step {step} of {self.task.steps}", file=sys.stderr, flush=True)
+        for name in self._running():
+            with self._failing(name):
+                run = self.results[name].run = processes[name].finish()
+                self.results[name].starts.append(run.start)
 
 
 def table(stage: str, results: dict[str, Result]) -> Table:
     """A line per contestant; the ratios say how many times better bitnet_train is."""
-    loss = common_loss(results)
-    ours = results[OURS].rounds
-    shown = Table("contestant", "tokens/s", "ours is", f"seconds to {loss:.3f}", "ours is", "MB", "start, s", "differs")
+    runs = {name: result.run for name, result in results.items() if result.run is not None}
+    loss = max(min(loss for _, loss in run.losses) for run in runs.values())
+    ours, shown = runs[OURS], Table("contestant", "tokens/s", "ours is", f"seconds to {loss:.3f}", "ours is")
+    for column in ("MB", "first start; then, s", "differs"):
+        shown.add_column(column)
     for name, result in results.items():
         differs = CONTESTANTS[stage][name].differs
-        if result.reason:
+        if (run := result.run) is None:
             shown.add_row(name, f"not available: {result.reason}", *[""] * 5, differs)
             continue
-        rates, own = [run.rate for run in result.rounds], [run.rate for run in ours]
-        times, best = ([run.seconds_to(loss) for run in runs] for runs in (result.rounds, ours))
-        assert result.first is not None
         shown.add_row(
             name,
-            Spread.of(rates).text(",.0f"),
-            Spread.of(ratios(own, rates)).text(),
-            Spread.of(times).text(".1f"),
-            Spread.of(ratios(times, best)).text(),
-            Spread.of([max(run.host_bytes, run.device_bytes) / 1e6 for run in result.rounds]).text(",.0f"),
-            f"{Spread.of([run.start for run in result.rounds]).text('.1f')}; first {result.first.start:.1f}",
+            Spread.of(run.rates).text(",.0f"),
+            Spread.of(ratios(ours.rates, run.rates)).text(),
+            f"{run.seconds_to(loss):.1f}",
+            f"{run.seconds_to(loss) / ours.seconds_to(loss):.2f}",
+            f"{run.bytes / 1e6:,.0f}",
+            starts_text(result.starts),
             differs,
         )
     return shown
+
+
+def starts_text(starts: Sequence[float]) -> str:
+    """The first one, whose caches may be empty, and the others."""
+    first, *later = starts
+    return f"{first:.1f}; then {Spread.of(later).text('.1f')}" if later else f"{first:.1f}"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=CONTESTANTS, metavar="STAGE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps, a round each (default: %(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="starts besides the measurement's (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=5, help="steps between held-out losses, not timed")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="default: all; bitnet_train is always one")
+    parser.add_argument("--caches", type=Path, help="folder of the caches (default: a temporary one, empty at first)")
     parser.add_argument("--json", type=Path, help="write all runs to this file")
     return parser.parse_intermixed_args()
 
@@ -224,13 +225,17 @@ def main() -> None:
     import torch
 
     arguments = _arguments()
-    if arguments.rounds < 1 or not 1 <= arguments.eval_every <= arguments.steps or arguments.steps < 2:
-        raise UserError("--rounds must be at least 1, --steps at least 2, and --eval-every from 1 to --steps")
+    if arguments.steps <= WARM_UP or not 1 <= arguments.eval_every <= arguments.steps or arguments.starts < 0:
+        raise UserError(f"--steps must be above {WARM_UP}, --eval-every from 1 to --steps, and --starts at least 0")
     names, device = _names(arguments), "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="benchmark-peers-") as name:
+        folders = (Path(name) / "task", (arguments.caches or Path(name) / "caches").absolute())
         sizes = (arguments.steps, arguments.eval_every, arguments.overrides)
-        task = prepare(arguments.stage, Path(name) / "task", *sizes)
-        results = compare(task, names, arguments.rounds, arguments.overrides, device)
+        task = prepare(arguments.stage, *folders, *sizes)
+        comparison = Comparison(task, names, arguments.overrides, device)
+        comparison.measure_starts(arguments.starts)
+        comparison.take_turns()
+    results = comparison.results
     Console(width=max(170, Console().width)).print(table(arguments.stage, results))
     print(context_line(torch.get_num_threads()))
     if arguments.json:

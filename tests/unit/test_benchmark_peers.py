@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from bitnet_train.data.batches import TokenRow, collate
+from bitnet_train.errors import UserError
 from tests.support import ROOT, environment, text_rows, tiny_tokenizer, write_jsonl
 
 TOOLS = ROOT / "tools"
@@ -32,7 +33,7 @@ def run_of(peers: ModuleType, seconds_per_step: float) -> object:
     """Ten steps of 100 tokens after 5 seconds of start; the loss falls from 3 by 0.5 every second step."""
     ends = [5.0 + seconds_per_step * (1 + step) for step in range(10)]
     losses = [(ends[step], 3.0 - 0.25 * (step - 1)) for step in range(1, 10, 2)]
-    return peers.Run(ends, [100] * 10, losses, 3_000_000, 0)
+    return peers.Run(ends, [100] * 10, losses, 3_000_000, 1_000_000)
 
 
 def test_spread_and_ratios(peers: ModuleType) -> None:
@@ -43,12 +44,9 @@ def test_spread_and_ratios(peers: ModuleType) -> None:
     assert peers.ratios([6.0, 9.0], [2.0, 9.0]) == [3.0, 1.0]
 
 
-def test_a_rate_leaves_out_the_first_steps(peers: ModuleType) -> None:
-    run = run_of(peers, seconds_per_step=2.0)
-    assert run.start == 7.0
-    assert run.rate == 50.0
-    slow_start = peers.Run([40.0, 60.0, 70.0, 71.0, 72.0], [1, 1, 1, 10, 10], [], 0, 0)
-    assert slow_start.rate == 10.0
+def test_rates_leave_out_the_first_steps(peers: ModuleType) -> None:
+    run = peers.Run([40.0, 60.0, 70.0, 71.0, 73.0], [1, 1, 1, 10, 10], [], 0, 0)
+    assert (run.start, run.rates) == (40.0, [10.0, 5.0])
 
 
 def test_seconds_to_a_loss_lie_between_two_measurements(peers: ModuleType) -> None:
@@ -60,17 +58,17 @@ def test_seconds_to_a_loss_lie_between_two_measurements(peers: ModuleType) -> No
 
 def test_the_table_says_how_many_times_better_ours_is(peers: ModuleType) -> None:
     results = {
-        "bitnet_train": peers.Result(run_of(peers, 1.0), [run_of(peers, 1.0)] * 3),
-        "transformers": peers.Result(run_of(peers, 3.0), [run_of(peers, 2.0)] * 3),
-        "torchao": peers.Result(None, [], "torchao is not installed"),
+        "bitnet_train": peers.Result([9.0, 4.0, 6.0], run_of(peers, 1.0)),
+        "transformers": peers.Result([8.0], run_of(peers, 2.0)),
+        "torchao": peers.Result(reason="torchao is not installed"),
     }
     text = io.StringIO()
     Console(width=250, file=text).print(peers.table("pretrain", results))
     lines = [line for line in text.getvalue().splitlines() if line.startswith("│")]
     ours, theirs, missing = ([cell.strip() for cell in line.strip("│").split("│")] for line in lines)
     assert ours[1:3] == ["100 (100 to 100)", "1.00 (1.00 to 1.00)"]
-    assert theirs[1:4] == ["50 (50 to 50)", "2.00 (2.00 to 2.00)", "25.0 (25.0 to 25.0)"]
-    assert theirs[6] == "7.0 (7.0 to 7.0); first 8.0"
+    assert theirs[1:7] == ["50 (50 to 50)", "2.00 (2.00 to 2.00)", "25.0", "1.67", "3", "8.0"]
+    assert ours[6] == "9.0; then 5.0 (3.5 to 6.5)"
     assert missing[1] == "not available: torchao is not installed"
 
 
@@ -116,6 +114,36 @@ def test_the_clock_stops_for_the_held_out_rows(
     assert (clock.ends, clock.tokens, clock.losses) == ([4.0, 5.0, 6.0], [7, 8, 9], [(5.0, 1.5)])
 
 
+CONTESTANT = """
+import os, sys
+sys.path.insert(0, "tools")
+from peers.clock import wait_for_turn
+for step in range(3):
+    print("step", step, flush=True)
+    if step == int(sys.argv[1]): sys.exit("it broke")
+    wait_for_turn()
+open(sys.argv[2] + "/result.json", "w").write(
+    '{"ends": [1.0], "tokens": [2], "losses": [[1.0, 2.0]], "host_bytes": 3, "device_bytes": 4}')
+"""
+
+
+def test_a_process_makes_a_step_per_turn(peers: ModuleType, tmp_path: Path) -> None:
+    """Steps are counted by what it printed; between two turns it stands still."""
+    process = peers.Process(["-c", CONTESTANT, "-1", str(tmp_path)], tmp_path, environment())
+    for steps in (1, 2, 3):
+        assert (tmp_path / "log").read_text().count("step") == steps
+        if steps < 3:
+            process.step()
+    run = process.finish()
+    assert (run.ends, run.losses, run.bytes) == ([1.0], [(1.0, 2.0)], 4)
+
+
+def test_a_process_that_breaks_says_why(peers: ModuleType, tmp_path: Path) -> None:
+    process = peers.Process(["-c", CONTESTANT, "1", str(tmp_path)], tmp_path, environment())
+    with pytest.raises(UserError, match="it broke"):
+        process.step()
+
+
 @pytest.mark.slow
 def test_the_smallest_comparison(tmp_path: Path) -> None:
     """Both start from the same weights and read the same rows in the same order, so that they have the same losses."""
@@ -127,12 +155,12 @@ def test_the_smallest_comparison(tmp_path: Path) -> None:
     overrides = [f"model.{name}={value}" for name, value in sizes.items()]
     overrides += [f"data.{name}={value}" for name, value in data.items()]
     contestants = ("--contestants", "bitnet_train", "transformers")
-    options = ("--rounds", "1", "--steps", "4", "--eval-every", "2", *contestants, "--json", "out.json")
+    options = ("--starts", "0", "--steps", "6", "--eval-every", "3", *contestants, "--json", "out.json")
     command = [sys.executable, str(TOOLS / "benchmark_peers.py"), "pretrain", *overrides, *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]
-    ours, theirs = (found[name]["rounds"][0] for name in ("bitnet_train", "transformers"))
+    ours, theirs = (found[name]["run"] for name in ("bitnet_train", "transformers"))
     assert ours["tokens"] == theirs["tokens"]
     for (_, a), (_, b) in zip(ours["losses"], theirs["losses"], strict=True):
         assert a == pytest.approx(b, abs=0.02)  # products in bfloat16, rounded at other places

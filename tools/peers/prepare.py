@@ -30,22 +30,22 @@ _WORDS = {
     "sft": ("schedule=constant", "~schedule.end_lr", "stage.reduction=mean"),
     "dpo": ("schedule=constant", "~schedule.end_lr"),
 }
-_RATES = {"pretrain": 1e-3, "sft": 5e-4, "dpo": 5e-5}
+_RATES = {"pretrain": 4e-4, "sft": 5e-4, "dpo": 5e-5}
 
 
-def words_of(stage: str, folder: Path, overrides: Sequence[str]) -> list[str]:
+def words_of(stage: str, caches: Path, overrides: Sequence[str]) -> list[str]:
     """The words of bitnet_train's command, but for the number of steps."""
-    common = ("schedule.warmup_steps=0", f"schedule.peak_lr={_RATES[stage]}", f"data.cache_dir={folder / 'cache'}")
+    common = ("schedule.warmup_steps=0", f"schedule.peak_lr={_RATES[stage]}", f"data.cache_dir={caches / 'tokens'}")
     return [f"+recipe=quickstart-{stage}", *_WORDS[stage], *common, *overrides]
 
 
-def prepare(stage: str, folder: Path, steps: int, eval_every: int, overrides: Sequence[str]) -> Task:
+def prepare(stage: str, folder: Path, caches: Path, steps: int, eval_every: int, overrides: Sequence[str]) -> Task:
     """Fills the folder and returns what is in it.
 
     Raises:
         UserError: the data or the weights that training starts from are not there, or an override is wrong.
     """
-    config = composed([*words_of(stage, folder, overrides), f"max_steps={steps}"])
+    config = composed([*words_of(stage, caches, overrides), f"max_steps={steps}"])
     data, tokenizer = data_of(config)
     data.steps = steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,7 @@ def prepare(stage: str, folder: Path, steps: int, eval_every: int, overrides: Se
     task = Task(
         stage=stage,
         folder=folder,
+        caches=caches,
         train=str(config.data.train),
         steps=steps,
         batch=batch,

@@ -17,6 +17,7 @@ class Task:
     Attributes:
         stage: pretrain, sft or dpo.
         folder: where `MODEL`, `ROWS` and `HELD_OUT` lie.
+        caches: the folder of everybody's caches.
         train: the file of conversations or pairs.
         steps: updates of a run.
         batch: rows of an update; pairs in dpo.
@@ -28,6 +29,7 @@ class Task:
 
     stage: str
     folder: Path
+    caches: Path
     train: str
     steps: int
     batch: int
@@ -38,10 +40,10 @@ class Task:
 
     def save(self) -> None:
         """Writes the numbers into the folder."""
-        (self.folder / _TASK).write_text(json.dumps(asdict(self) | {"folder": str(self.folder)}))
+        (self.folder / _TASK).write_text(json.dumps(asdict(self), default=str))
 
     @classmethod
     def load(cls, folder: Path) -> "Task":
         """What `save` wrote."""
         values = json.loads((folder / _TASK).read_text())
-        return cls(**{**values, "folder": folder})
+        return cls(**{**values, "folder": folder, "caches": Path(values["caches"])})

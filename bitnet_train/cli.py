@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train import config as configuration
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError, run_command
 from bitnet_train.training import sweep
 from bitnet_train.training.signals import StopRequested, stop_on_signals
 from bitnet_train.training.worker import leave, own_rank
@@ -132,8 +132,8 @@ def _run(config: DictConfig, run_dir: Path) -> tuple[int, str]:
         return EXIT_USER_ERROR, str(error)
     except (HydraException, OmegaConfBaseException) as error:
         return EXIT_USER_ERROR, _one_line(error)
-    except launch.RunFailed as failure:
-        log.error("%s", failure)
+    except RunFailed as failure:
+        log.error("error: %s", failure)
         return EXIT_FAILURE, str(failure)
     except Exception as error:
         log.exception("the run failed")

@@ -63,6 +63,7 @@ class RunConfig:
     run_dir: str
     init_from: str | None
     resume: str
+    resume_allow: list[str]
     seed: int
     max_steps: int | None
     max_tokens: int | None
@@ -72,6 +73,8 @@ class RunConfig:
     quantization_warmup_steps: int
     checkpoint_every: int
     keep_last: int
+    keep_best: int
+    skip_nonfinite: int
     log_every: int
     health_every: int
     val_every: int
@@ -91,6 +94,10 @@ class RunConfig:
             raise UserError(f"quantization_warmup_steps must be at least 0, got {self.quantization_warmup_steps}")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+        if self.keep_best < 0:
+            raise UserError(f"keep_best must be at least 0 (0 looks at no loss), got {self.keep_best}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0 (0 stops at once), got {self.skip_nonfinite}")
         if not self.rank_timeout > 0:
             raise UserError(f"rank_timeout must be above 0 seconds, got {self.rank_timeout}")
         if self.health_every < 0:

@@ -95,9 +95,12 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.gt(weight, half).view(torch.int8) - torch.lt(weight, -half).view(torch.int8)
 
 
-def quantize_weight(weight: Tensor) -> TernaryWeight:
-    """Ternary codes and scale of a master weight of any shape and floating dtype; the arithmetic is float32."""
-    scale = absmean(weight)
+def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> TernaryWeight:
+    """Ternary codes and scale of a master weight of any shape and floating dtype; the arithmetic is float32.
+
+    The scale is the `absmean`, unless it is known.
+    """
+    scale = absmean(weight) if scale is None else scale
     return TernaryWeight(ternary_codes(weight, scale), scale)
 
 

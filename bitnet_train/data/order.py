@@ -82,6 +82,11 @@ class MicroBatches:
         lengths = self.lengths
         return found if lengths is None else sorted(found, key=lambda sample: -int(lengths[sample]))
 
+    def micro_batch(self, step: int, number: int) -> list[int]:
+        """The samples of this rank's micro-batch `number` of an optimizer step."""
+        start = (number * self.ranks + self.rank) * self.micro_batch_size
+        return self.samples(step)[start : start + self.micro_batch_size]
+
     def __iter__(self) -> Iterator[list[int]]:
         size = self.micro_batch_size
         for step in range(self.first_step, self.steps):

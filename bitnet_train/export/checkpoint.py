@@ -1,4 +1,4 @@
-"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory.
+"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory, or the shards beside it.
 
 torch.load reads plain containers only (weights_only) and maps the tensors, so that what is not asked for is not read.
 As with safetensors, what was touched stays resident while the file is mapped: it is mapped anew for each tensor.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.shards import fill, outline
 from bitnet_train.model.weights import check_finite
 from bitnet_train.quant import TernaryWeight, quantize_weight
 
@@ -55,10 +56,16 @@ class CheckpointWeights:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self._state()["model"].items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._outline.items()}
+
+    @cached_property
+    def _outline(self) -> dict[str, Tensor]:
+        """The tensors' shapes and dtypes."""
+        model = outline(self._state()["model"], self.path)
+        return {name: tensor.to("meta") for name, tensor in model.items()}
 
     def _load(self, name: str) -> Tensor:
-        tensor: Tensor = self._state()["model"][name]
+        tensor: Tensor = fill({name: self._state()["model"][name]}, self.path)[name]
         check_finite(self.file, name, tensor)
         return tensor
 
@@ -72,5 +79,4 @@ class CheckpointWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a tensor."""
-        dtype: torch.dtype = self._state()["model"][name].dtype
-        return dtype
+        return self._outline[name].dtype

@@ -1,7 +1,7 @@
 """Writing that happens wholly or not at all: a temporary sibling, fsync, rename.
 
 A reader sees the old content or the new one. An exception removes the temporary name; after a kill it stays, hidden
-(`.NAME.1a2b3c4d.tmp`), beside an untouched target.
+(`.NAME.1a2b3c4d.tmp`), beside an untouched target, until somebody who knows that nobody else is writing calls `sweep`.
 """
 
 import os
@@ -60,6 +60,16 @@ def _replace_folder(new: Path, target: Path) -> None:
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writes have left in a folder. Nobody may be writing into it."""
+    for pattern in (".*.tmp", ".*.old"):
+        for leftover in folder.glob(pattern):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -42,6 +42,7 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KINDS: dict[object, Kind] = {
     ("autobitlinear", "online"): "master",
     ("autobitlinear", "offline"): "packed",
@@ -137,6 +138,7 @@ class HFFolder:
             file = self.path / WEIGHTS
             return dict.fromkeys(tensor_names(file), file)
         if not (self.path / WEIGHTS_INDEX).is_file():
+            self._refuse_pickle()
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
         weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map", {})
         for name in set(weight_map.values()):
@@ -145,6 +147,13 @@ class HFFolder:
                     f"{self.path / WEIGHTS_INDEX}: names {name!r}, which is not in the folder; add the file"
                 )
         return {tensor: self.path / name for tensor, name in weight_map.items()}
+
+    def _refuse_pickle(self) -> None:
+        for file in sorted(self.path.iterdir()):
+            if file.suffix in _PICKLES:
+                raise UserError(
+                    f"{file}: is a pickle, which can run code when it is read; convert what you trust to {WEIGHTS}"
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, read from the header."""

@@ -20,6 +20,8 @@ class Execution:
         activation_checkpointing: what the backward pass computes again in place of keeping it: none, selective (the
             feed-forward block) or full (the whole layer). See `BitNetDecoderLayer.checkpointing`.
         compile: torch.compile of every decoder layer by itself; the first steps are slow.
+        low_bit_gather: of sharded weights (trainer=fsdp) the ternary codes travel, not the masters; see
+            `training.low_bit`.
 
     Raises:
         UserError: an option has another value.
@@ -28,6 +30,7 @@ class Execution:
     attention: str = "auto"
     activation_checkpointing: str = "none"
     compile: bool = False
+    low_bit_gather: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

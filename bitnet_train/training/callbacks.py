@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitnet_train.errors import RunFailed
 from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.signals import SIGNALS, StopRequested
@@ -25,10 +26,10 @@ class Checkpointing(L.Callback):
     Args:
         run_dir: where SAVE and STOP are looked for.
         every: optimizer steps between checkpoints.
-        save: saves the state of the run.
+        save: saves the state of the run, and returns why that failed ("" if it did not), on every rank the same.
     """
 
-    def __init__(self, run_dir: Path, every: int, save: Callable[[], None]) -> None:
+    def __init__(self, run_dir: Path, every: int, save: Callable[[], str]) -> None:
         self.run_dir, self.every, self.save = run_dir, every, save
         self._signal = 0
         self._saved_step = -1
@@ -66,20 +67,28 @@ class Checkpointing(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """At a step boundary: saves if it is time or asked for, stops if asked to."""
+        """At a step boundary: saves if it is time or asked for, stops if asked to.
+
+        Raises:
+            StopRequested: it was asked to, and the state is saved.
+            RunFailed: it was asked to, and the state could not be saved.
+        """
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.at_step_boundary:
             return
         due = pl_module.step % self.every == 0 and pl_module.step != self._saved_step
         asked, reason = self._agreed()
-        if asked or due or reason:
-            self._save(pl_module)
+        failure = self._save(pl_module) if asked or due or reason else ""
+        if reason and failure:
+            raise RunFailed(f"asked to stop ({reason}), but the state was not saved: {failure}")
         if reason:
             raise StopRequested(reason)
 
-    def _save(self, module: TrainingModule) -> None:
-        self.save()
-        self._saved_step = module.step
+    def _save(self, module: TrainingModule) -> str:
+        failure = self.save()
+        if not failure:
+            self._saved_step = module.step
+        return failure
 
 
 class ProgressReport(L.Callback):

@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from bitnet_train.config import RunConfig
-from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, write_status
@@ -40,10 +40,6 @@ logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
-
-
-class RunFailed(Exception):
-    """Ranks have ended without a result; the message says which, why and what to do."""
 
 
 def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:

@@ -29,17 +29,15 @@ from bitnet_train.optim import OptimizerConfig, set_hyperparameters
 from bitnet_train.schedule import Schedule
 from bitnet_train.stages.base import Mean, Ranks, Stage, StageOutput
 from bitnet_train.training import ranks
+from bitnet_train.training.guard import StepGuard
 from bitnet_train.training.health import TernaryHealth
+from bitnet_train.training.low_bit import gather_codes, refresh_scales
 from bitnet_train.training.sharding import is_sharded, own_part, shard, whole
 from bitnet_train.training.throughput import Throughput
 
 Metrics = dict[str, float]
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class DivergedError(RuntimeError):
-    """The gradient of a step is not finite; the weights are still those of the step before."""
 
 
 class Sums:
@@ -90,12 +88,17 @@ class TrainingModule(L.LightningModule):
         log_every: steps between log events.
         health_every: steps between measurements of the ternary weights; 0 takes none.
         warmup_steps: steps over which quantisation sets in, see `model.bitlinear.set_strength`; 0 starts with it.
+        skip_nonfinite: steps in a row without a finite loss and gradient that are left out; see `StepGuard`.
 
     Attributes:
+        low_bit_gather: whether sharded weights travel as codes, see `training.low_bit`.
         step: optimizer steps done in the run, earlier starts included.
         tokens: positions trained on so far, over all ranks, without padding.
         latest: the last train metrics that were logged.
         since_log: sums since then; part of a checkpoint.
+        guard: keeps updates from being made of what is not finite; part of a checkpoint.
+        validated: the step of the last validation, and its loss.
+        batch_shape: rows and positions of the last micro-batch.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class TrainingModule(L.LightningModule):
         log_every: int = 10,
         health_every: int = 0,
         warmup_steps: int = 0,
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.stage = model, stage
@@ -116,10 +120,15 @@ class TrainingModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.steps, self.log_every, self.warmup_steps = steps, log_every, warmup_steps
         self.step = self.tokens = 0
+        self.low_bit_gather = False
         self.latest: Metrics = {}
         self.health, self._throughput = TernaryHealth(health_every), Throughput()
+        self.guard = StepGuard(skip_nonfinite)
+        self.validated: tuple[int, float] | None = None
+        self.batch_shape: tuple[int, int] | None = None
         self._micro_batches = 0
         self._this_step, self.since_log = Sums(), Sums()
+        self._before_step: dict[str, Tensor] = {}
         self._validation: dict[str, Sums] = defaultdict(Sums)
         self._update: Metrics = {}
         bytes_of = torch.tensor(tokenizer.byte_lengths, dtype=torch.int64)
@@ -134,6 +143,9 @@ class TrainingModule(L.LightningModule):
         """Shards the decoder where the strategy has a mesh for it; a second call changes nothing."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self, self.model, self.device_mesh["data_parallel"], ("training_step", "validation_step", "gathered"))
+            if self.low_bit_gather:
+                gather_codes(self.model.model.layers)
+                refresh_scales(self.model)
 
     def gathered(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """function(*args, **kwargs), which runs the decoder outside of the steps; sharded ranks call it together."""
@@ -142,7 +154,7 @@ class TrainingModule(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the decoder's parameters."""
         optimizer = self.optimizer_config.build(self.model.named_parameters())
-        optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
+        optimizer.register_step_post_hook(lambda *_: self._weights_changed())
         return optimizer
 
     def setup(self, stage: str) -> None:
@@ -152,6 +164,12 @@ class TrainingModule(L.LightningModule):
             data.steps = self.steps
             per_step = data.micro_batches(self.trainer.global_rank, self.trainer.world_size).per_step
             self.trainer.accumulate_grad_batches = per_step
+
+    def _weights_changed(self) -> None:
+        """What was made of the weights is of other weights now."""
+        forget_codes(self.model)
+        if self.low_bit_gather:
+            refresh_scales(self.model)
 
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""
@@ -173,14 +191,17 @@ class TrainingModule(L.LightningModule):
         return reduced
 
     def on_train_start(self) -> None:
-        """Starts the clock, and takes the codes that flips are counted from."""
+        """Starts the clock, and takes the codes that flips are counted from; weights may come from a checkpoint."""
+        self._weights_changed()
         self.health.start(self.model)
         self._throughput.restart()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The batch has just come from the loader."""
+        rows, length = tokens_of(batch).input_ids.shape
+        self.batch_shape = (rows, length)
         if self.trainer.training:
-            self._throughput.batch_arrived(tokens_of(batch).input_ids.shape[1])
+            self._throughput.batch_arrived(length)
         return batch
 
     @property
@@ -191,6 +212,8 @@ class TrainingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets the strength of quantisation, which is 1 outside of training."""
         set_strength(self.model, self.strength)
+        if self.at_step_boundary:
+            self._before_step = dict(self.since_log.values)
 
     def training_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> Tensor:
         """The sum of one micro-batch, multiplied by what Lightning and DDP are going to divide it by."""
@@ -198,21 +221,22 @@ class TrainingModule(L.LightningModule):
         means = means_of(output, batch)
         self._this_step.add(loss=means["loss"], tokens=means["tokens"])
         self.since_log.add(**means)
+        self.guard.saw(output.loss_sum)
         self._micro_batches += 1
         return output.loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the gradient once, refuses what is not finite, clips, and sets the step's hyperparameters."""
+        """Divides the gradient once, leaves out what is not finite, clips, and sets the step's hyperparameters."""
         sums = self._this_step.reduce(self._over_ranks)
         count = max(sums["loss"][1], 1.0)
         divisor = count if self.stage.reduction == "mean" else 1.0
         grads = [own_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = self._norm(grads) / divisor
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"step {self.step}: the gradient's norm is {norm}; the update was not made. "
-                "Lower schedule.peak_lr, lengthen schedule.warmup_steps, or look at the rows of this step"
-            )
+        order = self._data().micro_batches(ranks.rank(), ranks.count())
+        if not self.guard.passes(self.step, norm, sums["loss"][0], order):
+            optimizer.zero_grad()  # without gradients it changes nothing
+            self.since_log.values = self._before_step
+            return
         torch._foreach_mul_(grads, self._clip(norm, count) / divisor)
         lr, decay = self.schedule.lr(self.step, self.steps), self.schedule.weight_decay(self.step, self.steps)
         set_hyperparameters(optimizer, lr, decay)
@@ -244,10 +268,13 @@ class TrainingModule(L.LightningModule):
     def _log_training(self, batch: TokenBatch) -> None:
         """What is due after this step, as one event; `batch` is its last micro-batch."""
         metrics: Metrics = {}
-        if self.step % self.log_every == 0 or self.step == self.steps:
+        due = self.step % self.log_every == 0 or self.step == self.steps
+        if due and self.guard.limit:
+            metrics["train/skipped_steps"] = self.guard.skipped[1]
+        if due and self.since_log.values:  # not every step was left out
             sums = self.since_log.reduce(self._over_ranks)
             rates = self._throughput.read(sums.pop("tokens")[0], self.model, self.trainer.world_size)
-            metrics = {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
+            metrics |= {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
             self.latest = metrics
         if self.health.is_due(self.step):
             with self._precision():
@@ -294,6 +321,9 @@ class TrainingModule(L.LightningModule):
                 averages[f"{name}/perplexity"] = math.exp(min(averages[f"{name}/loss"], 700.0))
             metrics |= averages
         self._validation.clear()
+        losses = [metrics[f"{name}/loss"] for name in self._data().validation_names]
+        if losses:
+            self.validated = (self.step, sum(losses) / len(losses))
         self.log_event(metrics)
         self._throughput.go_on()
 

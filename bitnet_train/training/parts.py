@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bitnet_train.optim import ByTarget, OptimizerConfig
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
 from bitnet_train.training import ranks
+from bitnet_train.training.loggers import JsonlLogger
 from bitnet_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -41,25 +42,26 @@ class Parts:
     tokenizer: Tokenizer
     data: DataModule
     module: TrainingModule
+    metrics: JsonlLogger
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that goes on from it."""
-        config = self.module.model.config.to_json()
+        """What must not change between a checkpoint and the run that goes on from it, by the name of the setting."""
+        module, data, rows = self.module, self.data, self.data.row_sets["train"]
+        optimizer = module.optimizer_config
         return {
-            "model": json.dumps(config, sort_keys=True),
-            "stage": type(self.module.stage).__name__,
+            "model": json.dumps(module.model.config.to_json(), sort_keys=True),
             "tokenizer": self.tokenizer.fingerprint,
+            "optimizer": repr(replace(optimizer, grad_clip=0.0)),
+            "optimizer.grad_clip": optimizer.grad_clip,
+            "stage": repr(module.stage),
+            "schedule": repr(module.schedule),
+            "max_steps": module.steps,
             "seed": self.settings.seed,
             "global_batch_size": self.settings.global_batch_size,
-            "data.sequence_length": self.data.config.sequence_length,
-            "rows of data.train": len(self.data.row_sets["train"]),
-            "steps": self.module.steps,
-            "data.train": self.data.row_sets["train"].fingerprint,
-            "optimizer": repr(self.module.optimizer_config),
-            "schedule": repr(self.module.schedule),
-            "stage's settings": repr(self.module.stage),
-            "quantization_warmup_steps": self.module.warmup_steps,
+            "data.train": f"{len(rows)} samples ({rows.fingerprint})",
+            "data.sequence_length": data.config.sequence_length,
+            "quantization_warmup_steps": module.warmup_steps,
         }
 
 
@@ -80,13 +82,15 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     optimizer = _optimizer(config.optimizer)
     schedule = configuration.build(config.schedule, "schedule")
     schedule = schedule.in_steps(settings.global_batch_size * data_config.sequence_length)
+    if settings.keep_best and data_config.val is None:
+        raise UserError("keep_best keeps the checkpoints of lowest val/loss; set data.val, or keep_best=0")
     data = DataModule(data_config, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size)
     data.steps = total_steps(settings, data)
-    intervals = (settings.log_every, settings.health_every, settings.quantization_warmup_steps)
-    module = TrainingModule(model, stage, optimizer, schedule, tokenizer, data.steps, *intervals)
+    counts = (settings.log_every, settings.health_every, settings.quantization_warmup_steps, settings.skip_nonfinite)
+    module = TrainingModule(model, stage, optimizer, schedule, tokenizer, data.steps, *counts)
     if not ranks.is_first():  # the weights are the same on every rank, dropout is not
         seed_everything(settings.seed + ranks.rank())
-    return Parts(settings, run_dir, tokenizer, data, module)
+    return Parts(settings, run_dir, tokenizer, data, module, JsonlLogger(run_dir / "metrics.jsonl"))
 
 
 def seed_everything(seed: int) -> None:

@@ -35,9 +35,12 @@ def environment() -> ClusterEnvironment | None:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the group for as long as the block runs; a collective that waits longer than `timeout` seconds fails."""
+    """Joins the group for as long as the block runs; a collective that waits longer than `timeout` seconds fails.
+
+    A caller that has joined it already stays in it.
+    """
     found = environment()
-    if found is None:
+    if found is None or dist.is_initialized():
         yield
         return
     os.environ |= {"MASTER_ADDR": found.main_address, "MASTER_PORT": str(found.main_port)}
@@ -91,19 +94,36 @@ def maxima(values: Sequence[int]) -> list[int]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What the function returns on the first rank, which alone calls it; its UserError is raised on every rank."""
+    """What the function returns on the first rank, which alone calls it.
+
+    Raises:
+        Exception: what it raised there, on every rank.
+    """
+    if count() == 1:
+        return function()
     outcome: list[Any] = [None, None]
     if is_first():
         try:
-            outcome = [function(), None]
-        except UserError as error:
-            outcome = [None, str(error)]
-    if count() > 1:
-        dist.broadcast_object_list(outcome)
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error if isinstance(error, UserError | OSError) else RuntimeError(f"rank 0: {error!r}")
+    dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def attempt(write: Callable[[], object]) -> str:
+    """Why some rank could not write, on every rank the same; "" if all could. All ranks call it together."""
+    failure = ""
+    try:
+        write()
+    except UserError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return next(filter(None, gather(failure)), "")
 
 
 def check_same(name: str, value: str) -> None:

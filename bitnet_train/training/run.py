@@ -6,28 +6,33 @@ fit         Lightning's loop over `TrainingModule`
 result      run_dir/model, an HF folder of master weights; status.json says how it ended
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train.config import RunConfig
-from bitnet_train.errors import UserError
+from bitnet_train.errors import RunFailed, UserError
+from bitnet_train.formats.atomic import sweep
+from bitnet_train.formats.safetensors_file import LazyTensor
+from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
-from bitnet_train.training import checkpoint, ranks
+from bitnet_train.training import checkpoint, out_of_memory, ranks
 from bitnet_train.training.card import model_card
+from bitnet_train.training.collected import collected
+from bitnet_train.training.lock import RunLock, locked
 from bitnet_train.training.loggers import finish_wandb, forget_after
 from bitnet_train.training.parts import Parts, build, print_plan
+from bitnet_train.training.saving import Saver
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
-from bitnet_train.training.state import Restore, State, collect
+from bitnet_train.training.state import Found, Restore, collect
 from bitnet_train.training.status import write_status
 from bitnet_train.training.trainer import make_trainer, quiet_lightning
 
@@ -48,45 +53,46 @@ def run(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
             logging.getLogger("bitnet_train").setLevel(logging.WARNING)
         ranks.check_same("run_dir", str(run_dir.resolve()))
         ranks.check_same("the configuration", _digest(config))
-        with _lock(run_dir):
-            _run(build(settings, config, run_dir), config)
+        _refuse_pickles()
+        with locked(run_dir) as lock:
+            ranks.on_first(lambda: sweep(run_dir))
+            _run(build(settings, config, run_dir), config, lock)
+
+
+def _refuse_pickles() -> None:
+    """No library that reads a file on the way may unpickle it."""
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise UserError(
+            "the environment sets TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, with which files that are read could run code; "
+            "unset it"
+        )
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def _digest(config: DictConfig) -> str:
     return hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:16]
 
 
-def _run(parts: Parts, config: DictConfig) -> None:
-    state = _resume(parts)
-    trainer = make_trainer(parts, config, [Restore(state, parts.settings.seed)], lambda: _save(parts))
+def _run(parts: Parts, config: DictConfig, lock: RunLock) -> None:
+    found, settings = _resume(parts), parts.settings
+    saver = Saver(parts.run_dir / "checkpoints", settings.keep_last, settings.keep_best, settings.rank_timeout)
+    restore = Restore(found, settings.seed)
+    trainer = make_trainer(parts, config, [restore], lambda: _save(parts, collect(parts), lock, saver))
     print_plan(parts)
-    if not parts.settings.dry_run:
-        _train(parts, trainer, state)
+    if not settings.dry_run:
+        _train(parts, lambda: _fit(parts, trainer, found, lock, saver), saver)
 
 
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Two runs in one directory would overwrite each other; the operating system frees the lock of one that dies."""
-    with (run_dir / ".lock").open("w") as file:
-        ranks.on_first(lambda: _take(file, run_dir))
-        yield
-
-
-def _take(file: IO[str], run_dir: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"run_dir={run_dir}: another run is at work there; wait for it or use another") from None
-
-
-def _train(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
+def _train(parts: Parts, fit: Callable[[], str], saver: Saver) -> None:
     run_dir = parts.run_dir
     _report(run_dir, "running", parts.module.step)
     try:
-        _fit(parts, trainer, state)
-        _save_result(parts)
+        with out_of_memory.explained(parts.module):
+            unsaved = fit()
+        _finish(parts, unsaved)
     except StopRequested as stop:
         ignore_signals()
+        _check_saved(saver, str(stop))
         _report(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
@@ -94,39 +100,52 @@ def _train(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
         raise
     finally:
         finish_wandb()
-    _report(run_dir, "done", parts.module.step)
+
+
+def _check_saved(saver: Saver, reason: str) -> None:
+    """What is being written when a run is asked to stop is its last state."""
+    try:
+        saver.wait_here()
+    except OSError as error:
+        raise RunFailed(f"asked to stop ({reason}), but the state was not saved: {error}") from error
 
 
 def _report(run_dir: Path, state: str, step: int, reason: str = "") -> None:
-    """The first rank writes status.json."""
-    if ranks.is_first():
-        write_status(run_dir, state, step, reason)
+    """The first rank writes status.json, if it can."""
+    try:
+        if ranks.is_first():
+            write_status(run_dir, state, step, reason)
+    except OSError as error:
+        log.warning("status.json cannot be written (%s)", error)
 
 
-def _resume(parts: Parts) -> State | None:
+def _resume(parts: Parts) -> Found | None:
     """The state to go on from, if there is one; step and position are set already."""
     found = ranks.on_first(lambda: checkpoint.find(parts.run_dir / "checkpoints", parts.settings.resume))
     if found is None:
         return None
-    state = checkpoint.load(found, parts.identity)
+    state = checkpoint.load(found, parts.identity, parts.settings.resume_allow)
     parts.module.step, parts.module.tokens = state["step"], state["tokens"]
     parts.data.first_step = parts.module.step
     log.info("resuming from %s", found)
-    return state
+    return Found(found, state)
 
 
-def _fit(parts: Parts, trainer: L.Trainer, state: State | None) -> None:
-    """Trains what is left. The last checkpoint comes after the last validation: found again, nothing is missing."""
+def _fit(parts: Parts, trainer: L.Trainer, found: Found | None, lock: RunLock, saver: Saver) -> str:
+    """Trains what is left; returns why the last checkpoint could not be written.
+
+    It comes after the last validation: found again, nothing is missing.
+    """
     module, data = parts.module, parts.data
-    ranks.on_first(lambda: _forget_later(parts, module.step if state else -1))
-    if state is not None and module.step == module.steps:
-        module.model.load_state_dict(state["model"])
-        return
+    ranks.on_first(lambda: _forget_later(parts, module.step if found else -1))
+    if found is not None and module.step >= module.steps:
+        module.model.load_state_dict(fill({"model": found.state["model"]}, found.folder)["model"])
+        return ""
     trainer.fit(module, datamodule=data)
     last = collect(parts)
     if module.step % parts.settings.val_every:
         trainer.validate(module, datamodule=data, verbose=False)
-    _commit(parts, last)
+    return _save(parts, last, lock, saver) or saver.wait()
 
 
 def _forget_later(parts: Parts, step: int) -> None:
@@ -135,22 +154,63 @@ def _forget_later(parts: Parts, step: int) -> None:
     forget_after(parts.run_dir / "metrics.jsonl", step)
 
 
-def _save(parts: Parts) -> None:
-    _commit(parts, collect(parts))
-    _report(parts.run_dir, "running", parts.module.step)
+def _save(parts: Parts, state: State, lock: RunLock, saver: Saver) -> str:
+    """Writes a checkpoint; returns why that failed, and "" if it did not, on every rank the same.
+
+    No checkpoint is newer than its log lines.
+    """
+    module, validated = parts.module, parts.module.validated
+    loss = validated[1] if validated is not None and validated[0] == module.step else None
+    failure = _on_first(lambda: _flush(parts, lock)) or saver.save(module.step, state, loss)
+    if not failure:
+        _report(parts.run_dir, "running", module.step)
+    elif ranks.is_first():
+        log.warning(
+            "step %d: no checkpoint was written (%s); those before it stay, and the next is tried when it is due",
+            module.step,
+            failure,
+        )
+    return failure
 
 
-def _commit(parts: Parts, state: State) -> None:
-    folder, step = parts.run_dir / "checkpoints", parts.module.step
-    ranks.on_first(lambda: checkpoint.save(folder, step, state, parts.settings.keep_last))
+def _flush(parts: Parts, lock: RunLock) -> None:
+    lock.check()
+    parts.metrics.flush()
 
 
-def _save_result(parts: Parts) -> None:
-    if not ranks.is_first():
-        return
+def _finish(parts: Parts, unsaved: str) -> None:
+    """Writes the result.
+
+    Raises:
+        RunFailed: it could not be written, or the last checkpoint could not.
+    """
+    done = partial(write_status, parts.run_dir, "done", parts.module.step)
+    failure = ranks.attempt(lambda: _write_result(parts)) or unsaved or _on_first(done)
+    if failure:
+        raise RunFailed(
+            f"the run has come to its end, but not all of it could be written: {failure}; make room, then start it "
+            "again: it goes on from the newest checkpoint"
+        )
+
+
+def _on_first(write: Callable[[], None]) -> str:
+    """Why the first rank could not write."""
+    return ranks.attempt(lambda: write() if ranks.is_first() else None)
+
+
+def _write_result(parts: Parts) -> None:
+    """Every rank hands its rows to the first one, which writes."""
+    with collected(parts.module.model.state_dict()) as weights:
+        if ranks.is_first():
+            _write_model(parts, weights)
+
+
+def _write_model(parts: Parts, weights: Mapping[str, LazyTensor]) -> None:
+    parts.metrics.flush()
     metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
-    card = model_card(parts.settings.recipe_name, parts.module.model.config, [json.loads(line) for line in metrics])
+    config = parts.module.model.config
+    card = model_card(parts.settings.recipe_name, config, [json.loads(line) for line in metrics])
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(parts.run_dir / "model", parts.module.model, special, tokenizer.save, card)
+    save_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")

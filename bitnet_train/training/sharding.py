@@ -54,17 +54,32 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def as_shard(part: Tensor, like: Tensor) -> Tensor:
+    """A matrix of which every rank has made the rows that it keeps of `like`; the part itself if that is whole."""
+    if not isinstance(like, DTensor):
+        return part
+    shape = (len(like), *part.shape[1:])
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=strides
+    )
+
+
+def mesh_of(module: nn.Module) -> DeviceMesh | None:
+    """The mesh over which a module's weights are sharded, if they are."""
+    weight = next(iter(module.state_dict().values()))
+    return weight.device_mesh if isinstance(weight, DTensor) else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a tensor, on every rank; all of them call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """The number of the first row in `own_part`: all ranks but the last ones keep equally many."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    mesh = tensor.device_mesh
-    return min(len(tensor), mesh.get_local_rank() * -(-len(tensor) // mesh.size()))
+def rows_of(tensor: DTensor, rank: int) -> range:
+    """The numbers of the rows that a rank keeps: all but the last ranks keep equally many, some of those none."""
+    most = -(-len(tensor) // tensor.device_mesh.size())
+    return range(min(rank * most, len(tensor)), min((rank + 1) * most, len(tensor)))
 
 
 def total(value: Tensor, like: Tensor) -> Tensor:
@@ -80,11 +95,12 @@ def absmeans(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     A row lies on one rank. Every rank puts the sums of its rows into their places among zeros, so that the all-reduce
     adds nothing but zeros to them, and all ranks add up the same numbers in the same order as a single process.
     """
-    sums = [torch.zeros(len(weight), dtype=torch.float64, device=weight.device) for weight in weights]
-    for weight, places in zip(weights, sums, strict=True):
-        part, first = own_part(weight), first_row(weight)
-        places[first : first + len(part)] = row_sums(part)
+    rows = [torch.zeros(len(weight), dtype=torch.float64, device=weight.device) for weight in weights]
+    for weight, places in zip(weights, rows, strict=True):
+        first = rows_of(weight, weight.device_mesh.get_local_rank()).start if isinstance(weight, DTensor) else 0
+        sums = row_sums(own_part(weight))
+        places[first : first + len(sums)] = sums
     if not weights:
         return []
-    rows = total(torch.cat(sums), like=weights[0]).split([len(weight) for weight in weights])
-    return [absmean_of(own, weight.numel()) for own, weight in zip(rows, weights, strict=True)]
+    whole_rows = total(torch.cat(rows), like=weights[0]).split([len(weight) for weight in weights])
+    return [absmean_of(own, weight.numel()) for own, weight in zip(whole_rows, weights, strict=True)]

@@ -1,7 +1,8 @@
 """What a checkpoint holds, collected from a run and put back into one.
 
     step, tokens, identity       where the run is, and which run it is
-    model, optimizer, health     the same on every rank
+    skipped                      steps that were left out, see `StepGuard`
+    model, optimizer, health     the same on every rank, or its rows of them
     ranks                        of every rank: its random generators, and its sums since the last log event
 
 A group of the same size goes on bit for bit. Another one reads the same samples in the same order: what the ranks had
@@ -9,18 +10,19 @@ summed up goes to the first, and the random generators start anew from seed, ste
 """
 
 import random
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet_train.formats.shards import State, fill
 from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.parts import Parts, seed_everything
-
-State = dict[str, Any]
+from bitnet_train.training.sharding import as_shard, mesh_of, own_part
 
 
 def rng_state() -> dict[str, Any]:
@@ -54,14 +56,24 @@ def collect(parts: Parts) -> State:
         "identity": parts.identity,
         "step": module.step,
         "tokens": module.tokens,
+        "skipped": module.guard.skipped,
         "model": module.model.state_dict(),
         "optimizer": module.trainer.optimizers[0].state_dict(),
-        "health": module.health.codes,
+        "health": _as_shards(module),
         "ranks": ranks.gather(own),
     }
 
 
-def own_part(state: State, seed: int) -> dict[str, Any]:
+def _as_shards(module: TrainingModule) -> dict[str, Tensor]:
+    """The codes of `TernaryHealth`, cut as the weights are that they belong to."""
+    decoder = module.model.model.layers
+    return {
+        name: as_shard(codes, like=decoder.get_parameter(f"{name}.weight"))
+        for name, codes in module.health.codes.items()
+    }
+
+
+def of_this_rank(state: State, seed: int) -> dict[str, Any]:
     """This rank's part of a state; see the module's text for a group of another size."""
     saved: list[dict[str, Any]] = state["ranks"]
     if len(saved) == ranks.count():
@@ -79,24 +91,33 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
+class Found(NamedTuple):
+    """A checkpoint to go on from: its folder, and what its state.pt holds."""
+
+    folder: Path
+    state: State
+
+
 class Restore(L.Callback):
     """Puts a checkpoint's weights, optimizer and random generators in place when the loop is about to start."""
 
-    def __init__(self, state: State | None, seed: int) -> None:
-        self.state, self.seed = state, seed
+    def __init__(self, found: Found | None, seed: int) -> None:
+        self.found, self.seed = found, seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once: what follows is the run's own."""
-        if self.state is None:
+        if self.found is None:
             return
         assert isinstance(pl_module, TrainingModule)
-        state, self.state = self.state, None
-        own = own_part(state, self.seed)
+        (folder, state), self.found = self.found, None
+        state = fill(state, folder, mesh_of(pl_module))
+        own = of_this_rank(state, self.seed)
+        pl_module.guard.skipped = state["skipped"]
         pl_module.model.load_state_dict(state["model"])
         trainer.optimizers[0].load_state_dict(state["optimizer"])
         for values, saved in (
             (pl_module.since_log.values, own["since_log"]),
             (pl_module.health.codes, state["health"]),
         ):
-            values.update({name: value.to(pl_module.device) for name, value in saved.items()})
+            values.update({name: own_part(value).to(pl_module.device) for name, value in saved.items()})
         set_rng_state(own["rng"])

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
+from bitnet_train.model.execution import Execution
+from bitnet_train.optim import AdamW8bit
 from bitnet_train.training import ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
-from bitnet_train.training.loggers import JsonlLogger
 from bitnet_train.training.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates
 
 
 def make_trainer(
-    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], None]
+    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], str]
 ) -> L.Trainer:
     """The Trainer, with gradient accumulation and the options of execution set.
 
@@ -31,7 +32,7 @@ def make_trainer(
         parts: what is trained.
         config: the run's configuration: trainer, callbacks, logger, execution.
         callbacks: what has to come before the saving of checkpoints.
-        save: saves the state of the run.
+        save: saves the state of the run, see `Checkpointing`.
 
     Raises:
         UserError: the number of devices is not that of the ranks, or the precision is not for training.
@@ -46,7 +47,7 @@ def make_trainer(
     trainer: L.Trainer = instantiate(
         config.trainer,
         callbacks=every,
-        logger=[JsonlLogger(parts.run_dir / "metrics.jsonl"), *instantiate(config.logger).values()],
+        logger=[parts.metrics, *instantiate(config.logger).values()],
         max_steps=parts.module.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0 if parts.module.step else -1,
@@ -98,8 +99,25 @@ def _set_rhythm(trainer: L.Trainer, parts: Parts, config: DictConfig) -> None:
     per_step = parts.data.micro_batches(ranks.rank(), ranks.count()).per_step
     trainer.accumulate_grad_batches = per_step
     trainer.val_check_interval = parts.settings.val_every * per_step
-    configuration.build(config.execution, "execution").apply(parts.module.model, per_step)
+    execution: Execution = configuration.build(config.execution, "execution")
+    execution.apply(parts.module.model, per_step)
+    parts.module.low_bit_gather = execution.low_bit_gather
+    _check_sharding(execution, parts, config)
     _count_as_done(trainer, parts.module.step, per_step)
+
+
+def _check_sharding(execution: Execution, parts: Parts, config: DictConfig) -> None:
+    """What does not go together with shards, or only with them."""
+    is_sharded = config.trainer.get("strategy") == "fsdp"
+    if is_sharded and isinstance(parts.module.optimizer_config, AdamW8bit):
+        raise UserError("optimizer=adamw_8bit writes into whole weights, trainer=fsdp shards them; use optimizer=adamw")
+    if execution.low_bit_gather and not is_sharded:
+        raise UserError("execution.low_bit_gather=true is for sharded weights; add trainer=fsdp, or leave it out")
+    if execution.low_bit_gather and parts.module.warmup_steps:
+        raise UserError(
+            f"execution.low_bit_gather=true moves codes alone, quantization_warmup_steps={parts.module.warmup_steps} "
+            "needs the weights as well; set either to its default"
+        )
 
 
 def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
@@ -110,7 +128,8 @@ def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
 
 
 def quiet_lightning() -> None:
-    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
+    """Leaves out Lightning's banners, its advice on loaders, and FSDP2's on views: nothing changes a layer's output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -54,7 +55,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 
 
-def _by_shape(rates: DictConfig) -> dict[str, dict[str, Any]]:
+def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
     """For every schedule what it takes of a recipe's rates: all but what other schedules have and it has not."""
     keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
     foreign = {shape: set().union(*keys.values()) - own for shape, own in keys.items()}

@@ -8,6 +8,8 @@ python tools/benchmark_quality.py [--only NAME ...] [--seeds N] [--steps N] [--j
     sum, mean   held-out nats per answer token after SFT of the BitNet, with the summed loss or its mean
     likelihood  share of held-out pairs of answers in which `sum` gives the chosen one more likelihood
     dpo         share in which it has the higher implicit reward, after DPO of `sum`
+    code        the same of pairs of bad and good code, after DPO of `sum` on those; `code likelihood` before,
+                `code trained` for the training pairs of the last steps
 
 A figure is the mean over the seeds with its standard deviation; a difference is taken seed by seed. Overrides go to
 every pre-training run, such as model.hidden_size=768 model.num_hidden_layers=12. A run that is done is not repeated:
@@ -32,7 +34,8 @@ from bitnet_train.errors import UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
 
 DATA = Path("runs/quickstart/data")
-SEED_INDEPENDENT = ("checkpoint_every=100000", "health_every=0", "val_every=100000")
+QUIETLY = ("checkpoint_every=100000", "health_every=0", "val_every=100000")
+CODE = [f"data.train={DATA}/code/train.jsonl", f"data.val={DATA}/code/heldout.jsonl"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ RUNS = {
     "sum": Run("sft", "ternary", 0.5, ["stage.reduction=sum", "optimizer.grad_clip_per_token=true"]),
     "mean": Run("sft", "ternary", 0.5, ["stage.reduction=mean"]),
     "dpo": Run("dpo", "sum", 0.1),
+    "code": Run("dpo", "sum", 0.32, CODE),
 }
 
 
@@ -68,8 +72,17 @@ FIGURES = {
     **{name: Figure(name, "val/loss") for name in ("ternary", "dense", "single", "sum", "mean")},
     "likelihood": Figure("dpo", "val/logps/accuracies", 0),
     "dpo": Figure("dpo", "val/rewards/accuracies"),
+    "code likelihood": Figure("code", "val/logps/accuracies", 0),
+    "code": Figure("code", "val/rewards/accuracies"),
+    "code trained": Figure("code", "train/rewards/accuracies"),
 }
-DIFFERENCES = (("ternary", "dense"), ("ternary", "single"), ("sum", "mean"), ("dpo", "likelihood"))
+DIFFERENCES = (
+    ("ternary", "dense"),
+    ("ternary", "single"),
+    ("sum", "mean"),
+    ("dpo", "likelihood"),
+    ("code", "code likelihood"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def run_dir(options: Options, name: str, seed: int) -> Path:
         words += [f"schedule.warmup_steps={options.steps // 6}", *options.overrides]
     else:
         words += [f"init_from={run_dir(options, run.start, seed)}"]
-    train([*words, f"run_dir={folder}", f"seed={seed}", *SEED_INDEPENDENT])
+    train([*words, f"run_dir={folder}", f"seed={seed}", *QUIETLY])
     return folder
 
 
@@ -152,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     names = ", ".join(FIGURES)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=names)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=120, help="steps of pre-training; SFT has half, DPO a tenth")
+    parser.add_argument("--steps", type=int, default=120, help="of pre-training; SFT has half, DPO a tenth")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_quality"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every pre-training run")

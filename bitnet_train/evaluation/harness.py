@@ -97,7 +97,8 @@ class BitNetLM(LM):  # type: ignore[misc]
         messages, begun = list(chat_history), ""
         if not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
             begun = messages.pop()["content"]
-        return _ANSWER.join([*chat_pieces(messages, self.tokenizer, add_generation_prompt=True), self.tokenizer.quote(begun)])
+        pieces = chat_pieces(messages, self.tokenizer, add_generation_prompt=True)
+        return _ANSWER.join([*pieces, self.tokenizer.quote(begun)])
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template that `apply_chat_template` renders."""

@@ -33,6 +33,7 @@ JOB = [
     "schedule.warmup_steps=2",
 ]
 TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+HARM = "+callbacks.harm._target_=tests.steps.FailingJobs"
 SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.3"]
 
 
@@ -64,7 +65,7 @@ def test_failed_jobs_do_not_end_a_sweep(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second job asks for what is not possible, the third fails inside of training; the fourth is done."""
-    code = command(folder, monkeypatch, "-m", *JOB, "run_dir=grid", "seed=0,1,2,3", "+callbacks.harm._target_=" + HARM)
+    code = command(folder, monkeypatch, "-m", *JOB, "run_dir=grid", "logger=wandb", "seed=0,1,2,3", HARM)
     table = rows(folder / "grid")
     assert [(row["job"], row["state"], row["code"]) for row in table] == [
         (0, "done", 0),
@@ -73,6 +74,7 @@ def test_failed_jobs_do_not_end_a_sweep(
         (3, "done", 0),
     ]
     assert code == 1
+    assert [len(list((folder / f"grid/{job}").rglob("*.wandb"))) for job in (0, 3)] == [1, 1]
     assert "no seed 1" in table[1]["reason"]
     assert table[3]["step"] == 4
     assert table[3]["objective"] == last(folder / "grid/3", "val/loss")
@@ -80,25 +82,6 @@ def test_failed_jobs_do_not_end_a_sweep(
     printed = capsys.readouterr().out.splitlines()
     assert printed[-5].split()[:4] == ["job", "state", "step", "val/loss"]
     assert printed[-1].split()[-1] == "seed=3"  # what all jobs have in common is left out
-
-
-HARM = "tests.integration.test_sweeps.harm"
-
-
-def harm() -> Any:
-    """A callback that fails for two seeds."""
-    import lightning as L
-
-    from bitnet_train.errors import UserError
-
-    class Harm(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            if Path(trainer.default_root_dir).name == "1":
-                raise UserError("no seed 1")
-            if Path(trainer.default_root_dir).name == "2":
-                raise FloatingPointError("diverged")
-
-    return Harm()
 
 
 def test_the_same_sweep_again_finds_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +121,7 @@ def test_a_failed_trial_is_not_the_end_of_a_search(folder: Path, monkeypatch: py
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     code = command(
         folder, monkeypatch, *JOB, "hparams_search=optuna", "run_dir=nan", "hydra.sweeper.n_trials=3",
-        "seed=choice(0,1)", f"+callbacks.harm._target_={HARM}",
+        "seed=choice(0,1)", HARM,
     )  # fmt: skip
     assert code == 1
     assert [row["state"] for row in rows(folder / "nan")] == ["done", "failed", "failed"]

@@ -132,7 +132,7 @@ class Ranks(SubprocessContext):
 
     def start(self) -> None:
         """Starts the processes. The signals are the command's, not the library's."""
-        super()._start()
+        super()._start()  # type: ignore[no-untyped-call]
         self._tell()  # what came meanwhile
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:

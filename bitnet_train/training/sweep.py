@@ -30,7 +30,13 @@ _BY_SEVERITY = (EXIT_REQUEUE, EXIT_FAILURE, EXIT_USER_ERROR)  # a sweep that was
 
 @dataclass(frozen=True)
 class Row:
-    """A job of a sweep, named after its folder: its number, from 0. `code` is the exit code it would have had alone, `objective` the last value of that metric."""
+    """A job of a sweep.
+
+    Attributes:
+        job: the name of its folder: its number, from 0.
+        objective: the last value of the metric that counts.
+        code: the exit code that it would have had alone.
+    """
 
     job: str
     overrides: list[str]

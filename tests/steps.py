@@ -1,10 +1,12 @@
-"""A callback for runs that a test does harm to: it makes them slow enough, and tells the test where they are."""
+"""Callbacks for runs that a test does harm to: they make them slow, tell the test where they are, or fail."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+
+from bitnet_train.errors import UserError
 
 
 class Slow(L.Callback):
@@ -26,3 +28,14 @@ class Slow(L.Callback):
             with Path(trainer.default_root_dir, name).open("a") as file:
                 file.write(".")
         time.sleep(self.seconds)
+
+
+class FailingJobs(L.Callback):
+    """Job 1 of a sweep asks for what is not possible, job 2 fails inside of training."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        job = Path(trainer.default_root_dir).name
+        if job == "1":
+            raise UserError("no seed 1")
+        if job == "2":
+            raise FloatingPointError("diverged")

@@ -133,14 +133,18 @@ class Ranks(SubprocessContext):
 
     def start(self) -> None:
         """Starts the processes. The signals are the command's, not the library's."""
-        super()._start()
+        super()._start()  # type: ignore[no-untyped-call]
+        self._tell()  # what came meanwhile
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         """Hands a signal to every rank, once: they agree on a step to stop at, also if it is sent again."""
         if not self.asked:
             self.asked = number
-            for handler in self.subprocess_handlers.values():
-                handler.proc.send_signal(number)
+            self._tell()
+
+    def _tell(self) -> None:
+        for handler in self.subprocess_handlers.values() if self.asked else ():
+            handler.proc.send_signal(self.asked)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Kills the ranks that still run after `GRACE`: one that waits for the others would hear no other signal."""

@@ -30,9 +30,15 @@ _BY_SEVERITY = (EXIT_REQUEUE, EXIT_FAILURE, EXIT_USER_ERROR)  # a sweep that was
 
 @dataclass(frozen=True)
 class Row:
-    """A job of a sweep. `code` is the exit code it would have had alone, `objective` the last value of that metric."""
+    """A job of a sweep.
 
-    job: int
+    Attributes:
+        job: the name of its folder: its number, from 0.
+        objective: the last value of the metric that counts.
+        code: the exit code that it would have had alone.
+    """
+
+    job: str
     overrides: list[str]
     state: str
     step: int | None
@@ -53,8 +59,17 @@ def last_value(run_dir: Path, metric: str) -> float | None:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     except OSError:
         return None
-    values = [event[metric] for event in map(json.loads, lines) if metric in event]
+    values = [event[metric] for event in map(_event, lines) if metric in event]
     return values[-1] if values and math.isfinite(values[-1]) else None
+
+
+def _event(line: str) -> dict[str, float]:
+    """A log event; a kill may have torn the last one."""
+    try:
+        event: dict[str, float] = json.loads(line)
+    except ValueError:
+        return {}
+    return event
 
 
 class Start(Callback):
@@ -77,7 +92,7 @@ def conclude(run_dirs: list[Path]) -> int:
     folder, metric = started[-1]
     found = [path for path in folder.glob("*") if path.name.isdigit() and (path / ".hydra").is_dir()]
     folders = {path.resolve() for path in [*found, *run_dirs]}
-    rows = [_row(path, metric) for path in sorted(folders, key=lambda path: int(path.name))]
+    rows = [_row(path, metric) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
     with atomic_file(folder / _TABLE) as temporary:
         temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(format_table(rows, metric))
@@ -94,7 +109,7 @@ def _row(folder: Path, metric: str) -> Row:
     overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra/overrides.yaml"))
     state = {0: "done", EXIT_REQUEUE: "requeue"}.get(outcome["code"], "failed")
     return Row(
-        int(folder.name),
+        folder.name,
         [str(override) for override in overrides] if isinstance(overrides, list) else [],
         state,
         status["step"],
@@ -111,7 +126,7 @@ def format_table(rows: list[Row], metric: str) -> str:
     for row in rows:
         own = " ".join(override for override in row.overrides if override not in common)
         objective = "-" if row.objective is None else f"{row.objective:.4f}"
-        cells.append([str(row.job), row.state, "-" if row.step is None else str(row.step), objective, own, row.reason])
+        cells.append([row.job, row.state, "-" if row.step is None else str(row.step), objective, own, row.reason])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
@@ -123,10 +138,10 @@ def exit_code(rows: list[Row]) -> int:
 
 
 def requeue(reason: str) -> None:
-    """Queues this SLURM job again if the scheduler's warning of its time limit has stopped it.
+    """Queues a job of `launcher=slurm` again if the scheduler's warning of its time limit has stopped it.
 
     A stop of another kind (a file, scancel's SIGTERM) is meant to last, and a preempted job is queued by SLURM itself.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job and reason.startswith("SIGUSR") and os.environ.get("SLURM_PROCID", "0") == "0":
-        subprocess.run(["scontrol", "requeue", job], check=True)
+    first = os.environ.get("SLURM_PROCID", "0") == "0"
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and reason.startswith("SIGUSR") and first:
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

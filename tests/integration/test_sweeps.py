@@ -33,6 +33,7 @@ JOB = [
     "schedule.warmup_steps=2",
 ]
 TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+HARM = "+callbacks.harm._target_=tests.steps.FailingJobs"
 SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.3"]
 
 
@@ -64,15 +65,16 @@ def test_failed_jobs_do_not_end_a_sweep(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second job asks for what is not possible, the third fails inside of training; the fourth is done."""
-    code = command(folder, monkeypatch, "-m", *JOB, "run_dir=grid", "seed=0,1,2,3", "+callbacks.harm._target_=" + HARM)
+    code = command(folder, monkeypatch, "-m", *JOB, "run_dir=grid", "logger=wandb", "seed=0,1,2,3", HARM)
     table = rows(folder / "grid")
     assert [(row["job"], row["state"], row["code"]) for row in table] == [
-        (0, "done", 0),
-        (1, "failed", 2),
-        (2, "failed", 1),
-        (3, "done", 0),
+        ("0", "done", 0),
+        ("1", "failed", 2),
+        ("2", "failed", 1),
+        ("3", "done", 0),
     ]
     assert code == 1
+    assert [len(list((folder / f"grid/{job}").rglob("*.wandb"))) for job in (0, 3)] == [1, 1]
     assert "no seed 1" in table[1]["reason"]
     assert table[3]["step"] == 4
     assert table[3]["objective"] == last(folder / "grid/3", "val/loss")
@@ -80,25 +82,6 @@ def test_failed_jobs_do_not_end_a_sweep(
     printed = capsys.readouterr().out.splitlines()
     assert printed[-5].split()[:4] == ["job", "state", "step", "val/loss"]
     assert printed[-1].split()[-1] == "seed=3"  # what all jobs have in common is left out
-
-
-HARM = "tests.integration.test_sweeps.harm"
-
-
-def harm() -> Any:
-    """A callback that fails for two seeds."""
-    import lightning as L
-
-    from bitnet_train.errors import UserError
-
-    class Harm(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            if Path(trainer.default_root_dir).name == "1":
-                raise UserError("no seed 1")
-            if Path(trainer.default_root_dir).name == "2":
-                raise FloatingPointError("diverged")
-
-    return Harm()
 
 
 def test_the_same_sweep_again_finds_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +98,7 @@ def test_a_signal_stops_the_sweep_and_not_only_the_job(folder: Path, monkeypatch
     monkeypatch.setattr("bitnet_train.training.run.build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert command(folder, monkeypatch, "-m", *JOB, "run_dir=stopped", "seed=0,1") == 85
     assert [(row["job"], row["state"], row["reason"]) for row in rows(folder / "stopped")] == [
-        (0, "requeue", "SIGTERM")
+        ("0", "requeue", "SIGTERM")
     ]
 
 
@@ -127,7 +110,7 @@ def test_optuna_searches_with_two_ranks_per_job(folder: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     table = rows(folder / "search")
-    assert [(row["job"], row["state"]) for row in table] == [(0, "done"), (1, "done")]
+    assert [(row["job"], row["state"]) for row in table] == [("0", "done"), ("1", "done")]
     best = (folder / "search/optimization_results.yaml").read_text()
     assert str(min(row["objective"] for row in table)) in best
     rates = [metrics(folder / f"search/{job}")[2]["train/lr"] for job in (0, 1)]
@@ -138,7 +121,7 @@ def test_a_failed_trial_is_not_the_end_of_a_search(folder: Path, monkeypatch: py
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     code = command(
         folder, monkeypatch, *JOB, "hparams_search=optuna", "run_dir=nan", "hydra.sweeper.n_trials=3",
-        "seed=choice(0,1)", f"+callbacks.harm._target_={HARM}",
+        "seed=choice(0,1)", HARM,
     )  # fmt: skip
     assert code == 1
     assert [row["state"] for row in rows(folder / "nan")] == ["done", "failed", "failed"]
@@ -167,8 +150,8 @@ def test_a_slurm_job_at_its_time_limit_is_queued_again(folder: Path, tmp_path: P
     assert process.returncode == 0, output
     assert [path.name for path in tmp_path.glob("requeued-*")] == ["requeued-101"]
     assert [(row["job"], row["state"], row["step"]) for row in rows(folder / "cluster")] == [
-        (0, "done", 8),
-        (1, "done", 8),
+        ("0", "done", 8),
+        ("1", "done", 8),
     ]
     losses = [event["step"] for event in metrics(folder / "cluster/0") if "train/loss" in event]
     assert losses == list(range(1, 9))
@@ -198,7 +181,7 @@ def test_a_batch_script_with_srun_is_queued_again(folder: Path, tmp_path: Path) 
 
 def test_the_exit_code_of_a_sweep_is_that_of_the_job_that_matters_most() -> None:
     def code(*codes: int) -> int:
-        return sweep.exit_code([sweep.Row(i, [], "", None, None, c, "") for i, c in enumerate(codes)])
+        return sweep.exit_code([sweep.Row(str(i), [], "", None, None, c, "") for i, c in enumerate(codes)])
 
     assert (code(), code(0, 0), code(0, 2), code(2, 1, 0), code(1, 85, 2)) == (0, 0, 2, 1, 85)
 
@@ -206,8 +189,9 @@ def test_the_exit_code_of_a_sweep_is_that_of_the_job_that_matters_most() -> None
 def test_only_the_warning_of_a_time_limit_queues_a_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in install(tmp_path, "SIGUSR1").items():
         monkeypatch.setenv(name, value)
-    sweep.requeue("SIGUSR2")  # no job of SLURM
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    sweep.requeue("SIGUSR2")  # a batch script of someone's own
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     for reason in ("SIGTERM", "STOP file"):
         sweep.requeue(reason)
     assert not list(tmp_path.glob("requeue-*"))

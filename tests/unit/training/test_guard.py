@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from bitnet_train.data.order import MicroBatches
 from bitnet_train.errors import RunFailed, UserError
@@ -69,8 +68,7 @@ def _raise(error: Exception) -> None:
 
 def _on_two_ranks(rank: int, folder: str) -> None:
     """Writes what each rank was told, one file per rank."""
-    store = distributed_c10d.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     told: list[str] = []
     full = OSError(28, "No space left on device", "file")
     for error in (UserError("bad"), full, KeyError("ours")):

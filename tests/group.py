@@ -131,7 +131,7 @@ def run(job: Job) -> None:
 
 
 def _main(folder: Path) -> None:
-    with ranks.joined(120.0):
+    with ranks.joined(600.0):
         for job in json.loads((folder / "jobs.json").read_text()):
             print("JOB", job["run_dir"], flush=True)
             run(Job(**job))

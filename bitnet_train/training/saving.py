@@ -55,7 +55,8 @@ class Saver:
         return self._begin(checkpoint.folder_of(self.folder, step), rest, tensors, keep)
 
     def _begin(self, target: Path, rest: State, tensors: dict[str, Tensor], keep: tuple[int, int, float | None]) -> str:
-        stack, opened = ExitStack(), []
+        stack = ExitStack()
+        opened: list[Path] = []
 
         def open_folder() -> None:
             if ranks.is_first() and not target.exists():
@@ -73,7 +74,7 @@ class Saver:
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),
             process_group=self._group,
         )
-        self._pending = self._thread.submit(_commit, written, stack)
+        self._pending = self._thread.submit(commit, written, stack)
         return ""
 
     def wait(self) -> str:
@@ -91,7 +92,7 @@ class Saver:
             pending.result()
 
 
-def _commit(written: Any, stack: ExitStack) -> None:
+def commit(written: Any, stack: ExitStack) -> None:
     """In the thread: the rows of all ranks are written when `written` is done; the stack of the first rank commits.
 
     Raises:
@@ -101,4 +102,5 @@ def _commit(written: Any, stack: ExitStack) -> None:
         try:
             written.result()
         except dcp.CheckpointException as error:  # is no Exception
-            raise OSError(str(next(iter(error.failures.values()))[0])) from None
+            cause, _ = next(iter(error.failures.values()))
+            raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -223,8 +224,6 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Runs the benchmark."""
-    import torch
-
     arguments = _arguments()
     if arguments.steps <= WARM_UP or not 1 <= arguments.eval_every <= arguments.steps or arguments.starts < 0:
         raise UserError(f"--steps must be above {WARM_UP}, --eval-every from 1 to --steps, and --starts at least 0")

@@ -10,8 +10,9 @@ STAGE is one of these. The data are the quickstart's (tools/prepare_quickstart.p
 (make quickstart); `key=value` overrides the quickstart's recipe, such as init_from=DIR or model.hidden_size=1024.
 
 Every contestant is a process of its own. It is started several times for one step, at first with empty caches (tokens,
-compiled code, references; --caches keeps them). In the measurement all of them are alive and take turns, a step each per round, so that a
-noisy machine is noisy for all. Ratios are taken within a round, and reported as median and quartiles.
+compiled code, references; --caches keeps them). In the measurement all of them are alive and take turns, a step each
+per round, so that a noisy machine is noisy for all. Ratios are taken within a round, and reported as median and
+quartiles.
 
     tokens/s       of a step; a token is a position that predicts one of its own document. The first three are left out
     seconds to     a held-out loss that all reach: start and steps, without evaluations and the others' turns
@@ -29,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -222,8 +224,6 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Runs the benchmark."""
-    import torch
-
     arguments = _arguments()
     if arguments.steps <= WARM_UP or not 1 <= arguments.eval_every <= arguments.steps or arguments.starts < 0:
         raise UserError(f"--steps must be above {WARM_UP}, --eval-every from 1 to --steps, and --starts at least 0")

@@ -35,7 +35,13 @@ _RATES = {"pretrain": 4e-4, "sft": 5e-4, "dpo": 5e-5}
 
 def words_of(stage: str, caches: Path, overrides: Sequence[str]) -> list[str]:
     """The words of bitnet_train's command, but for the number of steps."""
-    common = ("schedule.warmup_steps=0", f"schedule.peak_lr={_RATES[stage]}", f"data.cache_dir={caches / 'tokens'}")
+    trainer = "trainer=gpu" if torch.cuda.is_available() else "trainer=cpu"
+    common = (
+        trainer,
+        "schedule.warmup_steps=0",
+        f"schedule.peak_lr={_RATES[stage]}",
+        f"data.cache_dir={caches / 'tokens'}",
+    )
     return [f"+recipe=quickstart-{stage}", *_WORDS[stage], *common, *overrides]
 
 

@@ -3,6 +3,8 @@
 recipes/NAME.yaml   is registered in Hydra's ConfigStore (group "recipe", package _global_) before Hydra runs, because
                     Hydra names a group after its folder and would look for conf/recipe/. This works the same in a
                     checkout, in an installed wheel and in sweeps, and a user's own recipes still come by --config-dir.
+schedule: {...}     of a recipe is stored once for each schedule, with the rates that this schedule has (group
+                    "recipe_schedule"), so that `schedule=constant` keeps a recipe's peak_lr and leaves its end_lr out.
 _target_: a.b.C     names a frozen dataclass; `build` merges the node into its fields, so that unknown keys and wrong
                     types are errors before anything runs, and the ranges are checked by the class itself.
 """
@@ -11,6 +13,7 @@ import difflib
 import importlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -42,9 +45,21 @@ def recipe_names() -> list[str]:
 
 def register() -> None:
     """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
+    store = ConfigStore.instance().store
     for path in RECIPES_DIR.glob("*.yaml"):
-        ConfigStore.instance().store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+        recipe = OmegaConf.load(path)
+        assert isinstance(recipe, DictConfig)
+        for shape, rates in _by_shape(recipe.pop("schedule", {})).items():
+            store(group="recipe_schedule", name=f"{path.stem}-{shape}", node=rates, package="schedule")
+        store(group="recipe", name=path.stem, node=recipe, package="_global_")
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+
+
+def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
+    """For every schedule what it takes of a recipe's rates: all but what other schedules have and it has not."""
+    keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
+    foreign = {shape: set().union(*keys.values()) - own for shape, own in keys.items()}
+    return {shape: {key: rates[key] for key in rates if key not in foreign[shape]} for shape in keys}
 
 
 def run_id() -> str:

@@ -160,13 +160,15 @@ class _TwoStage(_Falling):
     """Two curves with a switch at T/2.
 
     Attributes:
-        second_lr: the peak that the curve of the second stage starts from.
+        second_lr: the peak that the curve of the second stage starts from; None: two thirds of the first (the FAQ).
     """
 
-    second_lr: float
+    second_lr: float | None = None
 
     def _peak(self, step: int, total: int) -> float:
-        return self.peak_lr if _is_first_stage(step, total) else self.second_lr
+        if _is_first_stage(step, total):
+            return self.peak_lr
+        return self.peak_lr * 2 / 3 if self.second_lr is None else self.second_lr
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from bitnet_train import config as configuration
 from bitnet_train.cli import main as train_main
+from plot_schedule import composed
 from tests.support import ROOT, environment
-from tools.plot_schedule import composed
 
 _BLOCK = re.compile(r"(?:<!-- run:(?P<run>[^\n]*)-->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
 _PLUGINS = {"launcher=slurm": "hydra_plugins.hydra_submitit_launcher", "hparams_search=optuna": "optuna"}

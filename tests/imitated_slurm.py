@@ -86,7 +86,7 @@ def srun(arguments: list[str]) -> int:
             for task in tasks:
                 task.send_signal(signal.Signals[os.environ["SLURM_WARNING"]])
         time.sleep(0.05)
-    return max(abs(task.returncode) for task in tasks)
+    return max(abs(task.wait()) for task in tasks)
 
 
 def scontrol(arguments: list[str]) -> None:

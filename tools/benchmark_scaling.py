@@ -140,7 +140,7 @@ class Plan:
 def distributed(way: str, step: Step, ranks: int) -> nn.Module:
     """The module that is trained."""
     if way == "ddp":
-        return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(step, gradient_as_bucket_view=True)
     if way in ("fsdp", "low_bit"):
         shard(step, step.model, init_device_mesh("cpu", (ranks,)), ())
     if way == "low_bit":

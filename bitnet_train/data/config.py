@@ -73,6 +73,11 @@ def _path_and_weight(entry: Any, field: str) -> tuple[str, float | None]:
     return str(entry["path"]), float(weight)
 
 
+def default_cache_dir() -> Path:
+    """bitnet_train in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
+
+
 @dataclass(frozen=True)
 class DataConfig(ABC):
     """What every kind of data is configured by.
@@ -110,9 +115,7 @@ class DataConfig(ABC):
     @property
     def cache_path(self) -> Path:
         """The folder of the cache."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
+        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
     def rows(self, entry: Any, tokenizer: Tokenizer, field: str = "data.train") -> Rows:
         """Reads, tokenizes and arranges what `sources_of` finds in the entry."""

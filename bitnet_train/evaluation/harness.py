@@ -97,7 +97,8 @@ class BitNetLM(LM):  # type: ignore[misc]
         messages, begun = list(chat_history), ""
         if not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
             begun = messages.pop()["content"]
-        return _ANSWER.join([*chat_pieces(messages, self.tokenizer, True), self.tokenizer.quote(begun)])
+        pieces = chat_pieces(messages, self.tokenizer, add_generation_prompt=True)
+        return _ANSWER.join([*pieces, self.tokenizer.quote(begun)])
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template that `apply_chat_template` renders."""
@@ -130,7 +131,7 @@ class BitNetLM(LM):  # type: ignore[misc]
     def _generate(self, context: str, options: Mapping[str, Any]) -> str:
         new_tokens = min(options["max_gen_toks"], self.max_length // 2)
         ids = self._context_ids(context)[new_tokens - self.max_length :]
-        sampling = (options["temperature"], options.get("top_p", 1.0), self.generator)
+        sampling = (options.get("temperature", 0.0), options.get("top_p", 1.0), self.generator)
         pieces = stream(self.model, self.tokenizer, ids, new_tokens, *sampling)
         return until(pieces, [string for string in options["until"] if string])
 

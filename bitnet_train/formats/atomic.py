@@ -5,6 +5,7 @@ A reader sees the old content or the new one. An exception removes the temporary
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bitnet_train.errors import UserError
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
 @contextmanager
@@ -64,12 +67,13 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what killed writes have left in a folder. Nobody may be writing into it."""
-    for pattern in (".*.tmp", ".*.old"):
-        for leftover in folder.glob(pattern):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+    for path in folder.glob(".*"):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from bitnet_train.errors import UserError
@@ -65,22 +65,20 @@ def load_metadata(path: Path) -> Metadata:
         raise UserError(f"{file}: cannot be read: {error.strerror}; give a sharded checkpoint") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{file}: is not read: {error}; take a checkpoint that you trust") from None
-    _check(file, metadata)
-    return metadata
+    return _checked(file, metadata)
 
 
-def _check(file: Path, metadata: object) -> None:
-    parts = (metadata.state_dict_metadata, metadata.storage_data) if isinstance(metadata, Metadata) else ()
-    if not parts or not all(isinstance(part, dict) for part in parts):
+def _checked(file: Path, metadata: object) -> Metadata:
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UserError(f"{file}: must hold the metadata of a checkpoint, got {type(metadata).__name__}; take another")
-    entries, files = parts
-    for name, entry in entries.items():
+    for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
             raise UserError(f"{file}: {name} is a pickle, only tensors are read; take a checkpoint that you trust")
-    for info in files.values():
+    for info in metadata.storage_data.values():
         path = str(getattr(info, "relative_path", ""))
         if not path or Path(path).name != path:
             raise UserError(f"{file}: names {path!r}, which is not in the folder; take a checkpoint that you trust")
+    return metadata
 
 
 class SafeReader(FileSystemReader):

@@ -1,8 +1,10 @@
 """`python tools/generate.py SRC`: a prompt, a file of prompts, or a chat.
 
---prompt TEXT [--chat]      the continuation, or the answer
---prompts FILE [--chat]     per prompt a JSON object: the row's fields and `completion`
---chat                      a conversation in the terminal
+    --prompt TEXT [--chat]      the continuation, or the answer
+    --prompts FILE [--chat]     per prompt a JSON object: the row's fields and `completion`
+    --chat                      a conversation in the terminal
+
+Every completion starts from --seed and does not depend on those before it.
 """
 
 import argparse

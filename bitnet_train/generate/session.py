@@ -1,7 +1,9 @@
 """A conversation: what was said goes into every prompt, and the oldest turns leave it when the context is full.
 
-[system] user assistant user assistant ... user -> assistant
-         --------------                                        dropped first, as a pair
+    [system] user assistant user assistant ... user -> assistant
+             --------------                                        dropped first, as a pair
+
+The system message stays, and so does the message that is to be answered.
 """
 
 from collections.abc import Callable, Generator, Iterator

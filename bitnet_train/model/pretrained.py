@@ -149,6 +149,18 @@ def copy_tensor(source: HFFolder, name: str, parameter: Tensor) -> None:
 
 def save_pretrained(
     folder: Path,
+    model: BitNetForCausalLM,
+    special_ids: SpecialIds,
+    save_tokenizer: Callable[[Path], None],
+    card: str = "",
+) -> None:
+    """`write_pretrained` with the parameters of a decoder."""
+    weights = {name: LazyTensor.of(weight) for name, weight in model.state_dict().items()}
+    write_pretrained(folder, model.config, weights, special_ids, save_tokenizer, card)
+
+
+def write_pretrained(
+    folder: Path,
     config: BitNetConfig,
     weights: Mapping[str, LazyTensor],
     special_ids: SpecialIds,

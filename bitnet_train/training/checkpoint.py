@@ -97,6 +97,13 @@ def retain(newest: Path, keep_last: int, keep_best: int = 0) -> None:
             shutil.rmtree(old)
 
 
+def settle(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Does what is left to do of a save whose process was killed after the rename: links and removals."""
+    found = _steps(folder)
+    if found:
+        retain(found[-1], keep_last, keep_best)
+
+
 def _write_state(file: Path, state: dict[str, Any]) -> None:
     """torch reports what the stream refused as a RuntimeError of its own."""
     with file.open("wb") as stream:
@@ -104,8 +111,9 @@ def _write_state(file: Path, state: dict[str, Any]) -> None:
             torch.save(state, stream)
         except RuntimeError as error:
             refused = error.__context__
-            known = isinstance(refused, OSError)
-            raise refused if known else OSError(errno.EIO, str(error).splitlines()[0], str(file)) from None
+            if not isinstance(refused, OSError):
+                refused = OSError(errno.EIO, str(error).splitlines()[0], str(file))
+            raise refused from None
 
 
 def _link(link: Path, target: Path) -> None:

@@ -21,10 +21,6 @@ _NAMED = 3  # micro-batches in a message
 _SAMPLES = 16  # samples of each
 
 
-class DivergedError(RunFailed):
-    """The loss or the gradient of a step is not finite; the weights are still those of the step before."""
-
-
 class StepGuard:
     """Decides whether a step may be made.
 
@@ -54,7 +50,7 @@ class StepGuard:
             order: says which samples this rank has read.
 
         Raises:
-            DivergedError: it may not, and neither may it be left out.
+            RunFailed: it may not, and neither may it be left out.
         """
         losses, self._losses = self._losses, []
         if math.isfinite(norm) and math.isfinite(loss):
@@ -62,7 +58,7 @@ class StepGuard:
             return True
         message = f"step {step}: {_culprits(losses, order, step, norm)}; the update was not made"
         if self.skipped[0] >= self.limit:
-            raise DivergedError(
+            raise RunFailed(
                 f"{message}. Lower schedule.peak_lr, lengthen schedule.warmup_steps, look at these samples, or leave "
                 "such steps out: skip_nonfinite=N. Started again, it goes on from the newest checkpoint"
             )

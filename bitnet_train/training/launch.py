@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     ProcessFailure,
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
+_EXPLAINED = f"{RunFailed.__name__}: "  # how the message of one that needs no traceback begins
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
 
 
@@ -132,7 +133,7 @@ class Ranks(SubprocessContext):
 
     def start(self) -> None:
         """Starts the processes. The signals are the command's, not the library's."""
-        self._start()
+        super()._start()
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         """Hands a signal to every rank, once: they agree on a step to stop at, also if it is sent again."""
@@ -165,7 +166,9 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:
-            raise UserError(_exception(failure)[0])
+            raise UserError(_exception(failure)[0].removeprefix("UserError: "))
+        if (message := _exception(failure)[0]).startswith("RunFailed: "):  # it says itself what to do
+            raise RunFailed(message.removeprefix("RunFailed: "))
     if failures:
         reason = _reason(failures, ranks.stuck)
         write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
@@ -190,8 +193,9 @@ def _reason(failures: dict[int, ProcessFailure], stuck: set[int]) -> str:
         return f"{_named(failures, killed)} was ended by {name}{hint}"
     rank = min(first, key=lambda rank: (_lost_another(first[rank]), first[rank].timestamp, rank))
     message, trace = _exception(first[rank])
-    log.error("%s", trace)
-    return f"{_named(failures, {rank})} failed: {message}"
+    if not message.startswith(_EXPLAINED):
+        log.error("%s", trace)
+    return f"{_named(failures, {rank})} failed: {message.removeprefix(_EXPLAINED)}"
 
 
 def _named(failures: dict[int, ProcessFailure], chosen: set[int]) -> str:
@@ -199,11 +203,11 @@ def _named(failures: dict[int, ProcessFailure], chosen: set[int]) -> str:
 
 
 def _exception(failure: ProcessFailure) -> tuple[str, str]:
-    """The one line and the traceback of the exception that a rank left."""
+    """The exception that a rank left: its type and message in one line, and the traceback."""
     message: Any = failure.message
     if isinstance(message, str):
         return f"exit code {failure.exitcode}", message
-    return " ".join(message["message"].removeprefix("UserError: ").split()), message["extraInfo"]["py_callstack"]
+    return " ".join(message["message"].split()), message["extraInfo"]["py_callstack"]
 
 
 def _waited(failure: ProcessFailure) -> bool:

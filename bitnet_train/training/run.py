@@ -23,7 +23,7 @@ from bitnet_train.formats.atomic import sweep
 from bitnet_train.formats.safetensors_file import LazyTensor
 from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
-from bitnet_train.model.pretrained import SpecialIds, save_pretrained
+from bitnet_train.model.pretrained import SpecialIds, write_pretrained
 from bitnet_train.training import checkpoint, out_of_memory, ranks
 from bitnet_train.training.card import model_card
 from bitnet_train.training.collected import collected
@@ -61,7 +61,7 @@ def run(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
 
 def _refuse_pickles() -> None:
     """No library that reads a file on the way may unpickle it."""
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") != "0":
         raise UserError(
             "the environment sets TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, with which files that are read could run code; "
             "unset it"
@@ -96,7 +96,8 @@ def _train(parts: Parts, fit: Callable[[], str], saver: Saver) -> None:
         _report(run_dir, "requeue", parts.module.step, str(stop))
         raise
     except BaseException as error:
-        _report(run_dir, "failed", parts.module.step, f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        _report(run_dir, "failed", parts.module.step, reason)
         raise
     finally:
         finish_wandb()
@@ -150,7 +151,9 @@ def _fit(parts: Parts, trainer: L.Trainer, found: Found | None, lock: RunLock, s
 
 def _forget_later(parts: Parts, step: int) -> None:
     """Checkpoints and log lines of steps after this one are going to be made again."""
-    checkpoint.set_aside_after(parts.run_dir / "checkpoints", step)
+    folder, settings = parts.run_dir / "checkpoints", parts.settings
+    checkpoint.set_aside_after(folder, step)
+    checkpoint.settle(folder, settings.keep_last, settings.keep_best)
     forget_after(parts.run_dir / "metrics.jsonl", step)
 
 
@@ -212,5 +215,5 @@ def _write_model(parts: Parts, weights: Mapping[str, LazyTensor]) -> None:
     card = model_card(parts.settings.recipe_name, config, [json.loads(line) for line in metrics])
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
+    write_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)
     log.info("done: %s", parts.run_dir / "model")

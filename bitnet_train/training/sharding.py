@@ -6,6 +6,7 @@ belong to the root and stay for the whole step. The gather moves float32 masters
 process, so that its codes and scales are the same (a bfloat16 gather would change some).
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -36,6 +37,7 @@ def shard(root: nn.Module, model: BitNetForCausalLM, mesh: DeviceMesh, entries: 
         mesh: one dimension, all ranks.
         entries: the names of these methods: the root's own weights are gathered while one of them runs.
     """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
     keep_codes(model, False)  # kept codes would be whole matrices
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -128,8 +128,7 @@ def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
 
 
 def quiet_lightning() -> None:
-    """Leaves out Lightning's banners, its advice on loaders, and FSDP2's on views: nothing changes a layer's output."""
+    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

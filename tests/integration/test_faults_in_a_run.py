@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -115,7 +116,7 @@ def whole(data: Path, run: Run) -> Ended:
 @pytest.fixture
 def half(whole: Ended, data: Path, request: pytest.FixtureRequest) -> str:
     """The name of a run directory of its own, as a kill after step 4 leaves it."""
-    name = f"half-{request.node.name}"
+    name = re.sub(r"\W+", "-", f"half-{request.node.name}").rstrip("-")
     shutil.copytree(whole.run_dir, data / name, symlinks=True, ignore=shutil.ignore_patterns("model", "step-*"))
     (data / name / "checkpoints/last").unlink()
     shutil.copytree(data / "fourth", data / name / "checkpoints/step-000004")
@@ -156,8 +157,7 @@ def catch_saving(process: "subprocess.Popen[str]", checkpoints: Path) -> Path:
 
 def test_killed_while_it_writes_a_checkpoint(run: Run, whole: Ended, data: Path) -> None:
     command = [sys.executable, "-m", "bitnet_train", *RUN, "run_dir=killed", "checkpoint_every=1"]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=data, env=environment(), text=True, **output)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, cwd=data, env=environment(), text=True, stderr=subprocess.PIPE)
     unfinished = catch_saving(process, data / "killed/checkpoints")
     process.kill()
     process.wait()
@@ -281,7 +281,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(run: Run, half: str, data: Path, 
     refused = run(half)
     assert refused.code == 2
     assert "step-000004/state.pt: holds more than tensors and plain containers" in refused.said
-    assert len(refused.said.strip().splitlines()) == 1
+    assert "Traceback" not in refused.said
     assert not (tmp_path / "ran").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_pickle_in_a_model_folder_is_refused(run: Run, whole: Ended, data: Pat
     shutil.copytree(whole.run_dir / "model", folder)
     (folder / "model.safetensors").unlink()
     torch.save(Payload(tmp_path / "ran"), folder / name)
-    refused = run("from-pickle", f"init_from={folder}", "model=inherit")
+    refused = run("from-pickle", f"init_from={folder}")
     assert refused.code == 2
     assert f"{folder}/{name}: is a pickle, which can run code when it is read" in refused.said
     assert not (tmp_path / "ran").exists()
@@ -318,10 +318,11 @@ def test_an_environment_that_lets_pickles_run_is_refused(run: Run, monkeypatch: 
 def test_out_of_memory_is_one_line_and_a_sweep_goes_on(run: Run) -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     with limited(resource.RLIMIT_AS, in_use + (1 << 29)):
-        ended = run("sweep", "-m", "micro_batch_size=4096,2", "global_batch_size=4096", "max_steps=1", "data.val=null")
+        sizes = ["-m", "global_batch_size=16384,4", "micro_batch_size=${global_batch_size}"]
+        ended = run("sweep", *sizes, "max_steps=1", "data.val=null")
     assert ended.code == 1
     line = next(line for line in ended.said.splitlines() if "out of memory" in line)
-    assert "step 0: out of memory on rank 0, with micro-batches of 4096 rows of 64 positions" in line
+    assert "step 0: out of memory on rank 0, with micro-batches of 16384 rows of 64 positions" in line
     assert "lower micro_batch_size or data.sequence_length, or set execution.activation_checkpointing=full" in line
     assert "Traceback" not in ended.said
     states = [json.loads((ended.run_dir / job / "status.json").read_text())["state"] for job in ("0", "1")]

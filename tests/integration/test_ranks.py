@@ -150,7 +150,8 @@ def test_two_signals_to_the_command_are_one_stop(start: Callable[..., Started], 
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == 85
     status = run.status()
-    assert (status["state"], status["reason"]) == ("requeue", "SIGTERM")
+    assert status["state"] == "requeue"
+    assert status["reason"] in ("SIGTERM", "SIGUSR1")  # whichever came through first
     assert (run.run_dir / f"checkpoints/step-{status['step']:06}").is_dir()
 
 

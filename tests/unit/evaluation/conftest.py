@@ -16,7 +16,7 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It knows texts such as "The cat number 11 sat on mat 121. " by heart, or nearly."""
     folder = tmp_path_factory.mktemp("evaluated") / "master"
     torch.manual_seed(0)
-    write_trained(folder, {"max_position_embeddings": 128, "num_hidden_layers": 1})
+    write_trained(folder, {"max_position_embeddings": 128, "num_hidden_layers": 1}, steps=120)
     return folder
 
 
@@ -28,10 +28,10 @@ def packed(master: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def choices() -> list[dict[str, object]]:
-    """Ten rows; the choices are of several lengths, and the right one stands at every place."""
+    """Ten rows; the right choice stands at every place, and a long one is likely by character and not as a whole."""
     rows: list[dict[str, object]] = []
     for n, animal in enumerate(ANIMALS, 11):
-        texts = [str(n * n), "sat on the mat", f"{n}{n}"]
+        texts = [str(n * n), f"{n * n + 7}. The {animal} number {n} sat on mat", str(n * n + 2 * n + 1)]
         place = n % 3
         texts.insert(place, texts.pop(0))
         rows.append({"context": f"The {animal} number {n} sat on mat", "choices": texts, "answer": place})

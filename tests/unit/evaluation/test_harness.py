@@ -97,11 +97,10 @@ def test_the_figures_are_those_of_a_count_by_hand(results: dict[Path, Figures], 
 
 
 def test_packed_and_masters_agree(results: dict[Path, Figures], master: Path, packed: Path) -> None:
-    """The packed folder holds embedding and norms in bfloat16, 8 bits."""
+    """The packed folder holds embedding and norms in bfloat16, 8 bits: of ten rows one may fall to the other side."""
     ours, theirs = results[master], results[packed]
-    assert theirs["mats"]["acc,none"] == ours["mats"]["acc,none"]
-    assert theirs["mats"]["acc_norm,none"] == ours["mats"]["acc_norm,none"]
-    assert theirs["numbers"]["exact_match,strip"] == ours["numbers"]["exact_match,strip"]
+    for task, metric in [("mats", "acc,none"), ("mats", "acc_norm,none"), ("numbers", "exact_match,strip")]:
+        assert theirs[task][metric] == pytest.approx(ours[task][metric], abs=0.11)
     assert theirs["texts"]["bits_per_byte,none"] == pytest.approx(ours["texts"]["bits_per_byte,none"], rel=0.01)
 
 

@@ -81,9 +81,12 @@ def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_swept(folder: Path) -> None:
-    (folder / ".step-000012.123.tmp").mkdir()
-    (folder / ".step-000012.123.tmp/state.pt").touch()
+    (folder / ".step-000012.1234abcd.tmp").mkdir()
+    (folder / ".step-000012.1234abcd.tmp/state.pt").touch()
     (folder / ".last.tmp").symlink_to("step-000006")
+    (folder / "last").unlink()
+    (folder / "step-000003").mkdir()
+    checkpoint.settle(folder, keep_last=2, keep_best=0)
     assert checkpoint.newest(folder) == folder / "step-000009"
     assert names(folder) == {"step-000006", "step-000009", "last"}
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.safetensors_file import LazyTensor
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import SpecialIds, save_pretrained
@@ -36,8 +35,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer, model = tiny_tokenizer(), BitNetForCausalLM(MODEL)
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    weights = {name: LazyTensor.of(parameter.detach()) for name, parameter in model.named_parameters()}
-    save_pretrained(runs / "pretrain/model", MODEL, weights, special, tokenizer.save, card="")
+    save_pretrained(runs / "pretrain/model", model, special, tokenizer.save)
     for stage in ("sft", "dpo"):
         shutil.copytree(runs / "pretrain", runs / stage)
     (runs / "data/pretrain").mkdir(parents=True)

@@ -35,7 +35,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer, model = tiny_tokenizer(), BitNetForCausalLM(MODEL)
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
-    save_pretrained(runs / "pretrain/model", model, special, tokenizer.save, card="")
+    save_pretrained(runs / "pretrain/model", model, special, tokenizer.save)
     for stage in ("sft", "dpo"):
         shutil.copytree(runs / "pretrain", runs / stage)
     (runs / "data/pretrain").mkdir(parents=True)

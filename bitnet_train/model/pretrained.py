@@ -11,7 +11,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
-from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
+from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -159,7 +159,7 @@ def save_pretrained(
         save_tokenizer: writes the tokenizer's files into a folder.
         card: the README.md.
     """
-    tensors = {name: LazyTensor.of(parameter.detach().cpu()) for name, parameter in model.named_parameters()}
+    tensors = [LazyTensors.of(name, parameter.detach().cpu()) for name, parameter in model.named_parameters()]
     bos, stop, pad = special_ids
     config = {**model.config.to_json(), "bos_token_id": bos, "eos_token_id": stop[0], "pad_token_id": pad}
     with atomic_folder(folder) as temporary:

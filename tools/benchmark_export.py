@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from bitnet_train.errors import UserError, run_command
 from bitnet_train.export.cli import run as export_command
 from bitnet_train.formats.atomic import fsync
 from bitnet_train.formats.hf_folder import CONFIG, write_json
-from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensor, write_weights
+from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensors, TensorInfo, write_weights
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, tensor_shapes
 
@@ -58,14 +59,13 @@ def make_model(folder: Path, config: BitNetConfig) -> None:
     """A folder of random bfloat16 masters with a tokenizer, written one matrix at a time."""
     shapes = tensor_shapes(skeleton(config))
 
-    def tensor(name: str) -> LazyTensor:
-        return LazyTensor(
-            torch.bfloat16, shapes[name], lambda: [torch.empty(shapes[name], dtype=torch.bfloat16).normal_()]
-        )
+    def tensor(name: str, shape: tuple[int, ...]) -> LazyTensors:
+        info = TensorInfo(torch.bfloat16, shape)
+        return LazyTensors({name: info}, [lambda: {name: torch.empty(shape, dtype=torch.bfloat16).normal_()}])
 
     folder.mkdir()
     write_json(folder / CONFIG, config.to_json())
-    write_weights(folder, {name: tensor(name) for name in shapes}, max_shard_bytes=1 << 62)
+    write_weights(folder, starmap(tensor, shapes.items()), max_shard_bytes=1 << 62)
     train_bpe(["a benchmark of export"], 300).save(folder)
 
 

@@ -5,9 +5,9 @@ As with safetensors, what was touched stays resident while the file is mapped: i
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.shards import fill, outline
 from bitnet_train.model.weights import check_finite
 from bitnet_train.quant import TernaryWeight, quantize_weight
@@ -64,18 +64,23 @@ class CheckpointWeights:
         model = outline(self._state()["model"], self.path)
         return {name: tensor.to("meta") for name, tensor in model.items()}
 
-    def _load(self, name: str) -> Tensor:
+    @lru_cache(maxsize=1)  # noqa: B019  (of one file at a time; its rows are asked for by parts)
+    def _whole(self, name: str) -> Tensor:
         tensor: Tensor = fill({name: self._state()["model"][name]}, self.path)[name]
+        return tensor
+
+    def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        tensor = self._whole(name)[rows]
         check_finite(self.file, name, tensor)
         return tensor
 
     def ternary(self, name: str) -> TernaryWeight:
         """Codes and scale of a master, quantised now."""
-        return quantize_weight(self._load(name))
+        return quantize_weight(self._read(name))
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor by blocks of rows."""
-        yield from self._load(name).split(rows_per_part(self.shapes[name]))
+    def parts(self, name: str) -> list[Callable[[], Tensor]]:
+        """Calls that read a tensor by blocks of rows."""
+        return [partial(self._read, name, rows) for rows in row_slices(self.shapes[name])]
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a tensor."""

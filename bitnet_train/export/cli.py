@@ -65,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if not (_report(result) and (not args.verify or _runtimes(args))):
         return EXIT_FAILURE
     if args.push_to_hub:
-        hub.push(args.target, args.push_to_hub, dry_run=not args.no_dry_run)
+        hub.push(result.path, result.card, args.push_to_hub, dry_run=not args.no_dry_run)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Decoders from and to files: masters for training; masters, packed codes or GGUF for inference."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
-from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
+from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -155,14 +155,14 @@ def save_pretrained(
     card: str = "",
 ) -> None:
     """`write_pretrained` with the parameters of a decoder."""
-    weights = {name: LazyTensor.of(weight) for name, weight in model.state_dict().items()}
+    weights = [LazyTensors.of(name, parameter.detach().cpu()) for name, parameter in model.named_parameters()]
     write_pretrained(folder, model.config, weights, special_ids, save_tokenizer, card)
 
 
 def write_pretrained(
     folder: Path,
     config: BitNetConfig,
-    weights: Mapping[str, LazyTensor],
+    weights: Iterable[LazyTensors],
     special_ids: SpecialIds,
     save_tokenizer: Callable[[Path], None],
     card: str,

@@ -2,62 +2,65 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
-from threading import Lock
+from threading import Condition
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bitnet_train.formats.safetensors_file import LazyTensor
+from bitnet_train.formats.safetensors_file import LazyTensors, TensorInfo
 from bitnet_train.training import ranks
 from bitnet_train.training.sharding import own_part, rows_of
 
 
 @contextmanager
-def collected(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, LazyTensor]]:
+def collected(tensors: Mapping[str, Tensor]) -> Iterator[list[LazyTensors]]:
     """Yields, to the first rank, tensors to be read once and in order; the other ranks send it their rows meanwhile.
 
-    No rank holds more than its share and two parts. A reader that fails leaves nobody waiting.
+    No rank holds more than its share and a few parts. A reader that fails leaves nobody waiting.
     """
     if ranks.is_first():
         stream = _Stream(tensors.values())
         try:
-            yield {name: stream.lazy(tensor) for name, tensor in tensors.items()}
+            yield [stream.lazy(name, tensor) for name, tensor in tensors.items()]
         finally:
             stream.drain()
     else:
         _send(tensors.values())
-        yield {}
+        yield []
 
 
 class _Stream:
-    """The parts of tensors in order. A thread may take the next one while another drains what is left."""
+    """The parts of tensors in order. Threads that read several at once each wait for their turn."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._parts = chain.from_iterable(map(_parts, tensors))
-        self._lock = Lock()
+        self._turn = Condition()
+        self._promised = self._taken = 0
 
-    def lazy(self, tensor: Tensor) -> LazyTensor:
+    def lazy(self, name: str, tensor: Tensor) -> LazyTensors:
         """The next tensor of the stream."""
-        count = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
-        return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: self._take(count))
+        first, count = self._promised, tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
+        self._promised += count
+        parts = [partial(self._take, name, number) for number in range(first, first + count)]
+        return LazyTensors({name: TensorInfo(tensor.dtype, tuple(tensor.shape))}, parts)
 
-    def _take(self, count: int) -> Iterator[Tensor]:
-        for _ in range(count):
-            part = self._next()
-            if part is not None:
-                yield part
-
-    def _next(self) -> Tensor | None:
-        with self._lock:
-            return next(self._parts, None)
+    def _take(self, name: str, number: int) -> dict[str, Tensor]:
+        with self._turn:
+            self._turn.wait_for(lambda: self._taken == number)
+            part = next(self._parts)
+            self._taken += 1
+            self._turn.notify_all()
+            return {name: part}
 
     def drain(self) -> None:
         """Takes what nobody has taken."""
-        while self._next() is not None:
-            pass
+        with self._turn:
+            for _ in self._parts:
+                pass
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

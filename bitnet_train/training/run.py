@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.formats.atomic import sweep
-from bitnet_train.formats.safetensors_file import LazyTensor
+from bitnet_train.formats.safetensors_file import LazyTensors
 from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.pretrained import SpecialIds, write_pretrained
@@ -208,7 +208,7 @@ def _write_result(parts: Parts) -> None:
             _write_model(parts, weights)
 
 
-def _write_model(parts: Parts, weights: Mapping[str, LazyTensor]) -> None:
+def _write_model(parts: Parts, weights: Iterable[LazyTensors]) -> None:
     parts.metrics.flush()
     metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
     config = parts.module.model.config

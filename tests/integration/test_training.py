@@ -119,7 +119,7 @@ def test_a_run_leaves_what_the_interface_promises(pretrained: Path) -> None:
     }
     folder = HFFolder(pretrained / "model")
     assert folder.config["quantization_config"]["quantization_mode"] == "online"
-    assert len(folder.files) == 2 * 11 + 2
+    assert len(folder.tensors) == 2 * 11 + 2
     losses = [event["train/loss"] for event in metrics(pretrained)]
     assert losses[-1] < losses[0] - 0.5
 

@@ -159,7 +159,7 @@ def _bit_linears(module: nn.Module) -> list[tuple[str, BitLinear]]:
 def pack(codes: Tensor) -> Tensor:
     """Codes `(rows, columns)` to a quarter of the bytes, row by row, uint8 `(rows, ceil(columns / 4))`."""
     padded = F.pad(codes, (0, -codes.shape[1] % VALUES_PER_BYTE))
-    return four_in_a_byte(padded.unflatten(1, (VALUES_PER_BYTE, -1)).unbind(dim=1))
+    return four_in_a_byte(padded.unflatten(1, (VALUES_PER_BYTE, -1)))
 
 
 def flips(before: Tensor, after: Tensor) -> Tensor:

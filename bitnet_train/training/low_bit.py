@@ -44,7 +44,7 @@ class Segment(NamedTuple):
         if self.layer is None:
             return values.view(torch.uint8)
         codes = F.pad(ternary_codes(values, self._scale), (0, -self.values % VALUES_PER_BYTE))
-        return four_in_a_byte(codes.view(VALUES_PER_BYTE, -1).unbind())
+        return four_in_a_byte(codes.view(1, VALUES_PER_BYTE, -1))[0]
 
     def decode(self, sent: Tensor, values: Tensor) -> None:
         """uint8 `(bytes,)` into float32 `(values,)`."""

@@ -3,13 +3,19 @@
 import ctypes.util
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB."""
+def keep_freed_memory(*, one_arena: bool = False) -> None:
+    """Tells glibc not to give large blocks back: tensors come and go, and each return costs a page fault per 4 KB.
+
+    Args:
+        one_arena: what one thread freed serves the others, too; for a few threads that ask for large blocks.
+    """
     libc = ctypes.util.find_library("c")
     if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
         # Older releases refuse more than 32 MB; without it, the second call would make things worse.
         if glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 25):
             glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        if one_arena:
+            glibc.mallopt(_M_ARENA_MAX, 1)

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Exports as the command line says; 1 where the verification found a difference, or writing failed."""
-    keep_freed_memory()
+    keep_freed_memory(one_arena=True)
     args = _parser().parse_args(arguments)
     if args.list:
         return _list(args)

@@ -20,13 +20,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote: a file or folder, its size and model card, what the user should know, how it compares."""
+    """What an export wrote: a file or folder, its size, what the user should know of it, how it compares; its card."""
 
     path: Path
     bytes: int
-    card: str
     notes: tuple[str, ...]
     verification: Verification | None
+    card: str = ""
 
 
 def export(
@@ -79,7 +79,7 @@ def export(
     verification = compare(model, open_source(target)) if verify else None
     size = size_of(target)
     card = model_card(model, goal, target.name, size)
-    return ExportResult(target, size, card, _notes(model, goal, dtype), verification)
+    return ExportResult(target, size, _notes(model, goal, dtype), verification, card)
 
 
 def size_of(path: Path) -> int:

@@ -44,7 +44,8 @@ def _send(path: Path, card: str, repository: str) -> str:
         if path.is_dir():
             api.upload_folder(repo_id=repository, folder_path=path)
         else:
-            for name, content in {"README.md": card.encode(), path.name: path}.items():
+            contents: dict[str, bytes | Path] = {"README.md": card.encode(), path.name: path}
+            for name, content in contents.items():
                 api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repository)
     except Exception as error:  # of several libraries below the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -74,7 +74,7 @@ def _pack_i2_s(codes: Tensor, scale: float) -> bytes:
 
 def _unpack_i2_s(data: Tensor) -> tuple[Tensor, float]:
     packed, tail = data.tensor_split((-_I2_S_TAIL,))
-    (scale,) = struct.unpack_from("<f", tail.numpy())
+    (scale,) = struct.unpack_from("<f", tail.numpy().data)
     return four_of_a_byte(packed.view(-1, 32), descending=True), scale
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def peers() -> Iterator[ModuleType]:
         yield benchmark_peers
 
 
-def run_of(peers: ModuleType, seconds_per_step: float) -> object:
+def run_of(peers: ModuleType, seconds_per_step: float) -> Any:
     """Ten steps of 100 tokens after 5 seconds of start; the loss falls from 3 by 0.5 every second step."""
     ends = [5.0 + seconds_per_step * (1 + step) for step in range(10)]
     losses = [(ends[step], 3.0 - 0.25 * (step - 1)) for step in range(1, 10, 2)]
@@ -95,6 +96,7 @@ def test_the_clock_stops_for_the_held_out_rows(
     from safetensors.torch import save_file
 
     from peers import clock as clocks
+    from peers.turns import STARTED
 
     save_file({"input_ids": torch.zeros(1, 1), "labels": torch.zeros(1, 1)}, tmp_path / "heldout.safetensors")
     now = [0.0]
@@ -103,7 +105,7 @@ def test_the_clock_stops_for_the_held_out_rows(
         now[0] += 50.0
         return 1.5
 
-    monkeypatch.setenv(clocks.STARTED, "-3.0")
+    monkeypatch.setenv(STARTED, "-3.0")
     monkeypatch.setattr(clocks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(clocks, "held_out_loss", look)
     clock, model = clocks.Clock(str(tmp_path), str(tmp_path), every=2), torch.nn.Linear(1, 1)
@@ -114,16 +116,16 @@ def test_the_clock_stops_for_the_held_out_rows(
     assert (clock.ends, clock.tokens, clock.losses) == ([4.0, 5.0, 6.0], [7, 8, 9], [(5.0, 1.5)])
 
 
-CONTESTANT = """
-import os, sys
-sys.path.insert(0, "tools")
-from peers.clock import wait_for_turn
+CONTESTANT = f"""
+import sys
+sys.path.insert(0, {str(TOOLS)!r})
+from peers.turns import wait_for_turn
 for step in range(3):
     print("step", step, flush=True)
     if step == int(sys.argv[1]): sys.exit("it broke")
     wait_for_turn()
 open(sys.argv[2] + "/result.json", "w").write(
-    '{"ends": [1.0], "tokens": [2], "losses": [[1.0, 2.0]], "host_bytes": 3, "device_bytes": 4}')
+    '{{"ends": [1.0], "tokens": [2], "losses": [[1.0, 2.0]], "host_bytes": 3, "device_bytes": 4}}')
 """
 
 

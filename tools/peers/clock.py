@@ -8,7 +8,6 @@ A token is a position whose next token belongs to the same document: neither pad
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarking import resident_bytes, synchronize
-from peers.task import HELD_OUT
+from peers.task import HELD_OUT, RESULT
+from peers.turns import STARTED, wait_for_turn
 
-STARTED = "PEERS_STARTED"  # the variable that says when the process was started, on the clock of time.monotonic
-TURNS = "PEERS_TURNS"  # the variable with two file descriptors: a byte to read before each step, one to write after it
-RESULT = "result.json"
 BETA = 0.1
 
 
@@ -56,15 +53,6 @@ def held_out_loss(model: Any, rows: dict[str, Tensor]) -> float:
         return float(-sums.sum() / (rows["labels"] != -100).sum())
     chosen, rejected = sums.view(2, -1) - rows["reference_logps"]
     return float(-F.logsigmoid(BETA * (chosen - rejected)).mean())
-
-
-def wait_for_turn() -> None:
-    """Says that a step is done, and returns when the next one may begin; at once where nobody takes turns."""
-    if turns := os.environ.get(TURNS):
-        allowed, done = map(int, turns.split(","))
-        os.write(done, b".")
-        if not os.read(allowed, 1):
-            sys.exit("nobody gives turns any more")
 
 
 class Clock:

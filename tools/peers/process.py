@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarking import ratios
 from bitnet_train.errors import UserError
-from peers.clock import RESULT, STARTED, TURNS
+from peers.task import RESULT
+from peers.turns import STARTED, TURNS
 
 WARM_UP = 3  # steps that a rate leaves out: libraries compile in them
 

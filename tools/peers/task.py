@@ -7,6 +7,7 @@ from pathlib import Path
 MODEL = "model"  # the first weights: an HF folder of masters with the tokenizer
 ROWS = "rows.safetensors"  # pre-training: input_ids and labels of all steps, int64 (steps * batch, seq)
 HELD_OUT = "heldout.safetensors"  # input_ids and labels, int64 (rows, seq); of pairs also reference_logps
+RESULT = "result.json"  # in a contestant's own folder: what its clock said
 _TASK = "task.json"
 
 

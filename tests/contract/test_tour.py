@@ -57,7 +57,7 @@ def test_what_the_tour_adds_works(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", _RUN, *_TEST.findall(text)],
         cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(tmp_path)},
+        env=environment() | {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'tools'}"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -357,7 +357,7 @@ def test_a_clock_that_jumps_changes_nothing(run: Run, whole: Ended, monkeypatch:
 
 
 def test_the_best_checkpoints_are_kept_beside_the_last(run: Run, half: str) -> None:
-    options = ["schedule.peak_lr=0.3", "resume_allow=[schedule]", "keep_best=1", "keep_last=1"]
+    options = ["schedule.second_lr=0.3", "resume_allow=[schedule]", "keep_best=1", "keep_last=1"]
     ended = run(half, *options)
     assert ended.code == 0, ended.said
     losses = {

@@ -318,7 +318,7 @@ def test_an_environment_that_lets_pickles_run_is_refused(run: Run, monkeypatch: 
 def test_out_of_memory_is_one_line_and_a_sweep_goes_on(run: Run) -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     with limited(resource.RLIMIT_AS, in_use + (1 << 29)):
-        sizes = ["-m", "global_batch_size=16384,4", "micro_batch_size=${global_batch_size}"]
+        sizes = ["hydra.mode=MULTIRUN", "global_batch_size=16384,4", "micro_batch_size=${global_batch_size}"]
         ended = run("sweep", *sizes, "max_steps=1", "data.val=null")
     assert ended.code == 1
     line = next(line for line in ended.said.splitlines() if "out of memory" in line)
@@ -357,7 +357,7 @@ def test_a_clock_that_jumps_changes_nothing(run: Run, whole: Ended, monkeypatch:
 
 
 def test_the_best_checkpoints_are_kept_beside_the_last(run: Run, half: str) -> None:
-    options = ["schedule.peak_lr=0.3", "resume_allow=[schedule]", "keep_best=1", "keep_last=1"]
+    options = ["schedule.second_lr=0.3", "resume_allow=[schedule]", "keep_best=1", "keep_last=1"]
     ended = run(half, *options)
     assert ended.code == 0, ended.said
     losses = {

@@ -52,7 +52,7 @@ def register() -> None:
         for shape, rates in _by_shape(recipe.pop("schedule", {})).items():
             store(group="recipe_schedule", name=f"{path.stem}-{shape}", node=rates, package="schedule")
         store(group="recipe", name=path.stem, node=recipe, package="_global_")
-    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 
 
 def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
@@ -63,8 +63,11 @@ def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
 
 
 def run_id() -> str:
-    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start."""
-    return os.environ.get("SLURM_JOB_ID", _START)
+    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start.
+
+    Ranks that torchrun started are named after their common launch: each has a time of its own.
+    """
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or _START
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class RunConfig:
     run_dir: str
     init_from: str | None
     resume: str
+    resume_allow: list[str]
     seed: int
     max_steps: int | None
     max_tokens: int | None
@@ -84,9 +88,13 @@ class RunConfig:
     quantization_warmup_steps: int
     checkpoint_every: int
     keep_last: int
+    keep_best: int
+    skip_nonfinite: int
     log_every: int
     health_every: int
     val_every: int
+    rank_timeout: float
+    objective: str
     dry_run: bool
 
     def __post_init__(self) -> None:
@@ -101,6 +109,12 @@ class RunConfig:
             raise UserError(f"quantization_warmup_steps must be at least 0, got {self.quantization_warmup_steps}")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+        if self.keep_best < 0:
+            raise UserError(f"keep_best must be at least 0 (0 looks at no loss), got {self.keep_best}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0 (0 stops at once), got {self.skip_nonfinite}")
+        if not self.rank_timeout > 0:
+            raise UserError(f"rank_timeout must be above 0 seconds, got {self.rank_timeout}")
         if self.health_every < 0:
             raise UserError(f"health_every must be at least 0 (0 measures nothing), got {self.health_every}")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bitnet_train.autocast import compute_dtype, no_autocast
 from bitnet_train.kernels import native
 from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.quant import quantize_activation, quantize_weight
@@ -41,9 +42,9 @@ class Norm(NamedTuple):
     eps: float
 
 
-def stack(weights: Sequence[Tensor]) -> Stacked:
-    """Quantises master weights `(out_i, in)`, each with its own scale, and stacks them."""
-    ternary = [quantize_weight(weight) for weight in weights]
+def stack(weights: Sequence[Tensor], scales: Sequence[Tensor | None] | None = None) -> Stacked:
+    """Quantises master weights `(out_i, in)`, each with its own scale, which may be known, and stacks them."""
+    ternary = [quantize_weight(w, g) for w, g in zip(weights, scales or [None] * len(weights), strict=True)]
     codes = ternary[0].codes if len(ternary) == 1 else torch.cat([weight.codes for weight in ternary])
     return Stacked(codes, torch.cat([weight.scale.expand(len(weight.codes)) for weight in ternary]))
 
@@ -157,11 +158,13 @@ class _NormedBitLinears(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, codes, scale, rms, ternary, column = ctx.saved_tensors
-        by_column, by_scale = scale_gradient(grad, column, scale, ctx.dtype)
-        grad_v = by_column @ ternary.to(ctx.dtype)
-        grad_weights = _grad_weights(by_scale, codes, ctx.weights, ctx.needs_input_grad[8:])
-        norm = None if gain is None else Norm(gain, ctx.eps)
-        grad_x, grad_gain = norm_backward(grad_v, grad_v.to(ctx.x_dtype) if x is None else x, norm, rms, ctx.activation)
+        with no_autocast(grad):
+            by_column, by_scale = scale_gradient(grad, column, scale, ctx.dtype)
+            grad_v = by_column @ ternary.to(ctx.dtype)
+            grad_weights = _grad_weights(by_scale, codes, ctx.weights, ctx.needs_input_grad[8:])
+            norm = None if gain is None else Norm(gain, ctx.eps)
+            x = grad_v.to(ctx.x_dtype) if x is None else x
+            grad_x, grad_gain = norm_backward(grad_v, x, norm, rms, ctx.activation)
         grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
         grad_bias = None if ctx.bias_dtype is None else grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_residual, grad_gain, grad_bias, None, None, None, None, *grad_weights
@@ -201,12 +204,16 @@ def normed_bit_linear(
 
     Returns:
         `(..., sum out_i)` in the dtype of the residual; without one in that of autocast, or of x.
+
+    Raises:
+        ValueError: an activation without a norm.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if norm is None and activation is not None:
+        raise ValueError(f"activation must be None where norm is None, got {activation!r}")
     gain, eps = norm or (None, 0.0)
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(x)
+    with no_autocast(x):
         stacked = stacked or stack(weights)
         y: Tensor = _NormedBitLinears.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]), rows, gain, bias, eps, activation, stacked, dtype, *weights

@@ -25,18 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarking import resident_bytes
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.export.cli import run as export_command
 from bitnet_train.formats.atomic import fsync
 from bitnet_train.formats.hf_folder import CONFIG, write_json
-from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensor, write_weights
+from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensors, TensorInfo, write_weights
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, tensor_shapes
 
@@ -57,14 +59,13 @@ def make_model(folder: Path, config: BitNetConfig) -> None:
     """A folder of random bfloat16 masters with a tokenizer, written one matrix at a time."""
     shapes = tensor_shapes(skeleton(config))
 
-    def tensor(name: str) -> LazyTensor:
-        return LazyTensor(
-            torch.bfloat16, shapes[name], lambda: [torch.empty(shapes[name], dtype=torch.bfloat16).normal_()]
-        )
+    def tensor(name: str, shape: tuple[int, ...]) -> LazyTensors:
+        info = TensorInfo(torch.bfloat16, shape)
+        return LazyTensors({name: info}, [lambda: {name: torch.empty(shape, dtype=torch.bfloat16).normal_()}])
 
     folder.mkdir()
     write_json(folder / CONFIG, config.to_json())
-    write_weights(folder, {name: tensor(name) for name in shapes}, max_shard_bytes=1 << 62)
+    write_weights(folder, starmap(tensor, shapes.items()), max_shard_bytes=1 << 62)
     train_bpe(["a benchmark of export"], 300).save(folder)
 
 
@@ -125,19 +126,13 @@ def run_way(name: str, source: Path, target: Path) -> Figure:
     seconds = time.perf_counter() - start
     written = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     read = (source / WEIGHTS).stat().st_size
-    return Figure(name, seconds, (read + written) / seconds / 1e9, _peak_bytes() / 1e9)
+    return Figure(name, seconds, (read + written) / seconds / 1e9, resident_bytes() / 1e9)
 
 
 def _drop_from_cache(path: Path) -> None:
     fsync(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _peak_bytes() -> int:
-    """VmHWM; ru_maxrss would begin with the resident set of the parent process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _in_a_process(name: str, source: Path, folder: Path) -> Figure:

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import jinja2
@@ -129,16 +130,27 @@ def _completion(prompt: list[int], chat: EncodedChat) -> list[int]:
     return chat.input_ids[len(prompt) : end]
 
 
-def _encode(
-    messages: Sequence[Message], tokenizer: "Tokenizer", tools: Tools, add_generation_prompt: bool = False
-) -> tuple[list[int], list[Span]]:
-    """Ids with one BOS in front, and the spans in ids. Pieces inside and outside of spans are tokenized apart."""
+def chat_pieces(
+    messages: Sequence[Message], tokenizer: "Tokenizer", tools: Tools = None, add_generation_prompt: bool = False
+) -> list[str]:
+    """The template's text, cut where spans begin and end: every second piece is what an assistant generates.
+
+    Each piece is tokenized on its own, with `parse_special`; names of special tokens in the messages are quoted.
+    """
     _check_place_for_tools(messages, tools, tokenizer.chat_template)
     quoted, tools = _with_strings(messages, tokenizer.quote), _with_strings(tools, tokenizer.quote)
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     text, spans = render(quoted, tokenizer.chat_template, add_generation_prompt, tools=tools, **special)
     ends = [0, *(edge for span in spans for edge in span), len(text)]
-    pieces = [tokenizer.encode(text[ends[i] : ends[i + 1]], parse_special=True) for i in range(len(ends) - 1)]
+    return [text[start:end] for start, end in pairwise(ends)]
+
+
+def _encode(
+    messages: Sequence[Message], tokenizer: "Tokenizer", tools: Tools, add_generation_prompt: bool = False
+) -> tuple[list[int], list[Span]]:
+    """Ids with one BOS in front, and the spans in ids."""
+    texts = chat_pieces(messages, tokenizer, tools, add_generation_prompt)
+    pieces = [tokenizer.encode(text, parse_special=True) for text in texts]
     if pieces[0][:1] != [tokenizer.bos_token_id]:
         pieces[0] = [tokenizer.bos_token_id, *pieces[0]]
     ids: list[int] = []

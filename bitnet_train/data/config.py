@@ -165,7 +165,11 @@ class TextData(DataConfig):
 
 @dataclass(frozen=True)
 class _LongRows(DataConfig):
-    """Rows that are kept whole need a rule for those that do not fit: drop, truncate (at the end) or error."""
+    """Rows that are kept whole need a rule for those that do not fit.
+
+    Attributes:
+        long_rows: what becomes of rows longer than sequence_length: drop, truncate (at the end) or error.
+    """
 
     long_rows: str = "drop"
 
@@ -202,7 +206,11 @@ class _LongRows(DataConfig):
 
 @dataclass(frozen=True)
 class ChatData(_LongRows):
-    """Conversations for SFT, packed to rows, loss on what the assistant says (`train_on`: assistant, last or all)."""
+    """Conversations for SFT, packed to rows.
+
+    Attributes:
+        train_on: assistant: every answer carries loss; last: the last answer; all: everything.
+    """
 
     train_on: str = "assistant"
 
@@ -220,7 +228,11 @@ class ChatData(_LongRows):
 
 @dataclass(frozen=True)
 class PreferenceData(_LongRows):
-    """Pairs of completions of one prompt for DPO; `group_by_length` sorts them within every optimizer step."""
+    """Pairs of completions of one prompt for DPO.
+
+    Attributes:
+        group_by_length: sorts the pairs within every optimizer step: less padding, the same gradient.
+    """
 
     group_by_length: bool = True
 

@@ -1,13 +1,13 @@
-"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory.
+"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory, or the shards beside it.
 
 torch.load reads plain containers only (weights_only) and maps the tensors, so that what is not asked for is not read.
 As with safetensors, what was touched stays resident while the file is mapped: it is mapped anew for each tensor.
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.parts import row_slices
+from bitnet_train.formats.shards import fill, outline
 from bitnet_train.model.weights import check_finite
 from bitnet_train.quant import TernaryWeight, quantize_weight
 
@@ -55,22 +56,32 @@ class CheckpointWeights:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self._state()["model"].items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._outline.items()}
 
-    def _load(self, name: str) -> Tensor:
-        tensor: Tensor = self._state()["model"][name]
+    @cached_property
+    def _outline(self) -> dict[str, Tensor]:
+        """The tensors' shapes and dtypes."""
+        model = outline(self._state()["model"], self.path)
+        return {name: tensor.to("meta") for name, tensor in model.items()}
+
+    @lru_cache(maxsize=1)  # noqa: B019  (of one file at a time; its rows are asked for by parts)
+    def _whole(self, name: str) -> Tensor:
+        tensor: Tensor = fill({name: self._state()["model"][name]}, self.path)[name]
+        return tensor
+
+    def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        tensor = self._whole(name)[rows]
         check_finite(self.file, name, tensor)
         return tensor
 
     def ternary(self, name: str) -> TernaryWeight:
         """Codes and scale of a master, quantised now."""
-        return quantize_weight(self._load(name))
+        return quantize_weight(self._read(name))
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor by blocks of rows."""
-        yield from self._load(name).split(rows_per_part(self.shapes[name]))
+    def parts(self, name: str) -> list[Callable[[], Tensor]]:
+        """Calls that read a tensor by blocks of rows."""
+        return [partial(self._read, name, rows) for rows in row_slices(self.shapes[name])]
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a tensor."""
-        dtype: torch.dtype = self._state()["model"][name].dtype
-        return dtype
+        return self._outline[name].dtype

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from bitnet_train.errors import UserError
+from bitnet_train.export.card import model_card
 from bitnet_train.export.folders import write_folder
 from bitnet_train.export.gguf import write_gguf_model
 from bitnet_train.export.readback import Verification, compare
@@ -19,10 +20,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote: a file or folder, its size, what the user should know of it, and how it compares."""
+    """What an export wrote: a file or folder, its size and model card, what the user should know, how it compares."""
 
     path: Path
     bytes: int
+    card: str
     notes: tuple[str, ...]
     verification: Verification | None
 
@@ -75,7 +77,9 @@ def export(
     else:
         write_folder(model, target, goal, _folder_dtype(model, format, dtype), max_shard_bytes)
     verification = compare(model, open_source(target)) if verify else None
-    return ExportResult(target, size_of(target), _notes(model, goal, dtype), verification)
+    size = size_of(target)
+    card = model_card(model, goal, target.name, size)
+    return ExportResult(target, size, card, _notes(model, goal, dtype), verification)
 
 
 def size_of(path: Path) -> int:

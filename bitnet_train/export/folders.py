@@ -1,6 +1,7 @@
 """Model folders: packed safetensors of either class, and masters; with tokenizer, generation config and model card."""
 
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from bitnet_train.export.targets import Target
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config, write_json
 from bitnet_train.formats.packing import pack_ternary, packed_shape
-from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
+from bitnet_train.formats.safetensors_file import LazyTensors, TensorInfo, write_weights
 
 
 def write_folder(source: Source, path: Path, target: Target, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -41,32 +42,33 @@ def stored_scale(scale: Tensor, linear_class: str, dtype: torch.dtype) -> Tensor
     return (scale.reciprocal() if linear_class == "bitlinear" else scale).to(dtype).reshape(1)
 
 
-def _masters(source: Source, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    return {name: _cast(source, name, dtype) for name in source.shapes}
+def _masters(source: Source, dtype: torch.dtype) -> list[LazyTensors]:
+    return [_cast(source, name, dtype) for name in source.shapes]
 
 
-def _packed(source: Source, linear_class: str, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """The tensors of a packed folder; the codes of a matrix and its scale are neighbours, and are made once."""
-    ternary = lru_cache(maxsize=1)(source.weights.ternary)
+def _packed(source: Source, linear_class: str, dtype: torch.dtype) -> list[LazyTensors]:
+    """The tensors of a packed folder; the codes of a matrix and its scale are made together."""
 
-    def packed(name: str) -> list[Tensor]:
-        return [pack_ternary(ternary(name).codes)]
+    def ternary(name: str) -> dict[str, Tensor]:
+        codes, scale = source.weights.ternary(name)
+        return {name: pack_ternary(codes), f"{name}_scale": stored_scale(scale, linear_class, dtype)}
 
-    def scale(name: str) -> list[Tensor]:
-        return [stored_scale(ternary(name).scale, linear_class, dtype)]
+    def lazy(name: str, rows: int, columns: int) -> LazyTensors:
+        packed = TensorInfo(torch.uint8, packed_shape((rows, columns)))
+        return LazyTensors({name: packed, f"{name}_scale": TensorInfo(dtype, (1,))}, [partial(ternary, name)])
 
-    tensors: dict[str, LazyTensor] = {}
-    for name, shape in source.shapes.items():
-        if name in source.ternary_names:
-            tensors[name] = LazyTensor(torch.uint8, packed_shape((shape[0], shape[1])), partial(packed, name))
-            tensors[f"{name}_scale"] = LazyTensor(dtype, (1,), partial(scale, name))
-        else:
-            tensors[name] = _cast(source, name, dtype)
-    return tensors
+    return [
+        lazy(name, *shape) if name in source.ternary_names else _cast(source, name, dtype)
+        for name, shape in source.shapes.items()
+    ]
 
 
-def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(dtype, source.shapes[name], lambda: (part.to(dtype) for part in source.weights.parts(name)))
+def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensors:
+    def cast(read: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return {name: read().to(dtype)}
+
+    info = TensorInfo(dtype, source.shapes[name])
+    return LazyTensors({name: info}, [partial(cast, read) for read in source.weights.parts(name)])
 
 
 def _config(source: Source, target: Target, dtype: torch.dtype) -> dict[str, object]:

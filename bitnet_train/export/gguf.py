@@ -1,8 +1,11 @@
 """GGUF files: one file with the model, its tokenizer and its chat template."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from bitnet_train.export.source import Source
 from bitnet_train.export.targets import GGUF_TYPES, GGUFTypes
@@ -25,20 +28,20 @@ def write_gguf_model(source: Source, path: Path, type_name: str) -> None:
 def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:
     shape = source.shapes[name]
     if name in source.ternary_names:
-        return LazyBlocks(types.ternary, shape, lambda: _ternary(source, name, types.ternary))
+        return LazyBlocks(types.ternary, shape, [lambda: _ternary(source, name, types.ternary)])
     kind = types.embedding if len(shape) > 1 else GGMLType.F32
-    return LazyBlocks(kind, shape, lambda: _dense(source, name, kind))
+    return LazyBlocks(kind, shape, [partial(_dense, source, name, kind, read) for read in source.weights.parts(name)])
 
 
-def _ternary(source: Source, name: str, kind: GGMLType) -> Iterator[bytes]:
+def _ternary(source: Source, name: str, kind: GGMLType) -> bytes:
     codes, scale = source.weights.ternary(name)
     with located(source.path, name):
-        yield (
-            pack_ternary_blocks(kind, codes, scale.item()) if kind in TERNARY_TYPES else pack_float(codes * scale, kind)
-        )
+        if kind in TERNARY_TYPES:
+            return pack_ternary_blocks(kind, codes, scale.item())
+        return pack_float(codes * scale, kind)
 
 
-def _dense(source: Source, name: str, kind: GGMLType) -> Iterator[bytes]:
-    for part in source.weights.parts(name):
-        with located(source.path, name):
-            yield pack_float(part, kind)
+def _dense(source: Source, name: str, kind: GGMLType, read: Callable[[], Tensor]) -> bytes:
+    part = read()
+    with located(source.path, name):
+        return pack_float(part, kind)

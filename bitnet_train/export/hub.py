@@ -11,11 +11,12 @@ def check_repository(repository: str) -> None:
         raise UserError(f"--push-to-hub must be user/name, got {repository!r}")
 
 
-def push(path: Path, repository: str, *, dry_run: bool) -> None:
+def push(path: Path, card: str, repository: str, *, dry_run: bool) -> None:
     """Prints what an upload of a folder or GGUF file would send, or sends it.
 
     Args:
         path: the export.
+        card: its model card, README.md, which goes with a file; a folder holds it.
         repository: user/name; made, private, if it does not exist.
         dry_run: sends nothing.
 
@@ -23,15 +24,16 @@ def push(path: Path, repository: str, *, dry_run: bool) -> None:
         UserError: no huggingface-hub, or the hub refused (not logged in, no network).
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        print(f"{'would send' if dry_run else 'sending'} {file.name} ({file.stat().st_size / 1e6:.1f} MB)")
+    sizes = {"README.md": len(card.encode())} | {file.name: file.stat().st_size for file in files}
+    for name, size in sizes.items():
+        print(f"{'would send' if dry_run else 'sending'} {name} ({size / 1e6:.1f} MB)")
     if dry_run:
         print(f"nothing was sent to {repository}: this was a dry run, --no-dry-run sends it")
     else:
-        print(f"sent: {_send(path, repository)}")
+        print(f"sent: {_send(path, card, repository)}")
 
 
-def _send(path: Path, repository: str) -> str:
+def _send(path: Path, card: str, repository: str) -> str:
     try:
         from huggingface_hub import HfApi
     except ImportError:
@@ -42,7 +44,8 @@ def _send(path: Path, repository: str) -> str:
         if path.is_dir():
             api.upload_folder(repo_id=repository, folder_path=path)
         else:
-            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+            for name, content in {"README.md": card.encode(), path.name: path}.items():
+                api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repository)
     except Exception as error:  # of several libraries below the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

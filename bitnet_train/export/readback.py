@@ -7,15 +7,18 @@ to bfloat16, about one weight in a thousand quantises to another code, and that 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitnet_train.export.source import Source, open_source
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_blocks import FLOAT_TYPES, GGMLType
+from bitnet_train.formats.parts import workers
 from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights
 from bitnet_train.quant import TernaryWeight
 
@@ -53,7 +56,9 @@ def verify(source: Path, written: Path) -> Verification:
 
 def compare(trained: Source, written: Source) -> Verification:
     """Compares every tensor of a model; see the module's text for what is equal."""
-    differ = {name: _difference(trained, written, name) for name in trained.shapes}
+    with workers() as pool:
+        counts = pool.map(partial(_difference, trained, written), trained.shapes)
+        differ = dict(zip(trained.shapes, counts, strict=True))
     mismatches = tuple(name for name, count in differ.items() if count)
     codes = sum(prod(trained.shapes[name]) for name in trained.ternary_names)
     return Verification(len(trained.ternary_names), codes, sum(differ.values()), mismatches)
@@ -65,14 +70,20 @@ def _difference(trained: Source, written: Source, name: str) -> int:
         return prod(trained.shapes[name])
     if name not in trained.ternary_names:
         parts = zip(trained.weights.parts(name), written.weights.parts(name), strict=True)
-        return sum(_differing(expected, found) for expected, found in parts)
+        return sum(_differing(expected(), found()) for expected, found in parts)
     expected, found = trained.weights.ternary(name), written.weights.ternary(name)
     return _differing(expected.codes, found.codes) + _scale_differs(written.weights, name, expected.scale, found)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
     rounded = expected.to(found.dtype)
-    return 0 if torch.equal(rounded, found) else int((rounded != found).sum())
+    if np.array_equal(_bytes(rounded), _bytes(found)):  # several times faster than torch.equal
+        return 0
+    return int((rounded != found).sum())
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _scale_differs(written: Weights, name: str, expected: Tensor, found: TernaryWeight) -> int:

@@ -164,7 +164,7 @@ def _folder(source: Path, quantize: bool) -> Source:
             "takes its weights for masters"
         )
     config_json = folder.config | (online if kind == "dense" else {})
-    shapes = {name: folder.shape(name) for name in folder.files}
+    shapes = {name: tensor.shape for name, tensor in folder.tensors.items()}
     tokenizer = TokenizerFiles(path, {**asdict(config), **config_json})
     weights = FolderWeights(folder, kind)
     run_dir = path.resolve().parent if path.name == "model" else None

@@ -16,6 +16,7 @@ from enum import IntEnum
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +72,6 @@ def pack_float(values: Tensor, kind: GGMLType) -> bytes:
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def unpack_float(data: bytes, kind: GGMLType, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_float`: a tensor of the stored dtype and the given shape."""
-    return torch.frombuffer(bytearray(data), dtype=FLOAT_TYPES[kind]).reshape(shape)
+def unpack_float(data: np.ndarray, kind: GGMLType, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_float` for bytes in uint8: a tensor of the stored dtype and the given shape."""
+    return torch.from_numpy(data).view(FLOAT_TYPES[kind]).reshape(shape)

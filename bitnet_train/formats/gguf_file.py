@@ -15,8 +15,9 @@ library's own reader refuses type 36. Source: ggml, docs/gguf.md.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -26,7 +27,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
-from bitnet_train.formats.parts import ahead
+from bitnet_train.formats.parts import ahead, read_bytes
 
 _ALIGNMENT = 32
 _VERSION = 3
@@ -35,17 +36,17 @@ _STRING, _ARRAY = 8, 9
 
 
 class LazyBlocks(NamedTuple):
-    """A tensor that is to be written: `parts` makes its bytes, in order, when its turn has come; shape `(out, in)`."""
+    """A tensor that is to be written: every call of `parts` makes the next of its bytes; shape `(out, in)`."""
 
     kind: GGMLType
     shape: tuple[int, ...]
-    parts: Callable[[], Iterable[bytes]]
+    parts: Sequence[Callable[[], bytes]]
 
 
 def write_gguf(
     path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
 ) -> None:
-    """Writes a GGUF file with two parts of a tensor in memory at a time; `path` appears when it is whole.
+    """Writes a GGUF file with a few parts of tensors in memory at a time; `path` appears when it is whole.
 
     Args:
         path: the file, replaced if it exists.
@@ -80,11 +81,11 @@ def _write_header(
         writer.close()
 
 
-def _tensor_data(tensors: Iterable[LazyBlocks]) -> Iterator[bytes]:
-    """The bytes of every tensor, each padded to the alignment."""
+def _tensor_data(tensors: Iterable[LazyBlocks]) -> Iterator[Callable[[], bytes]]:
+    """What makes the bytes of every tensor, each padded to the alignment."""
     for kind, shape, parts in tensors:
-        yield from parts()
-        yield bytes(-tensor_bytes(kind, shape) % _ALIGNMENT)
+        yield from parts
+        yield partial(bytes, -tensor_bytes(kind, shape) % _ALIGNMENT)
 
 
 def _pad(file: BinaryIO) -> None:
@@ -149,8 +150,8 @@ class GGUFFile:
                 f"{self.path}: {name}: type must be one of {known}, got {self.tensors[name].kind}"
             ) from None
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes of a tensor, or those from `start` to `stop`.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The bytes of a tensor, uint8, or those from `start` to `stop`.
 
         Raises:
             UserError: there is no such tensor, its type is unknown here, or the file ends before it does.
@@ -162,9 +163,7 @@ class GGUFFile:
                 f"{self.path}: {name}: must end by byte {self.path.stat().st_size}, got {end}; the file is cut off"
             )
         stop = size if stop is None else min(stop, size)
-        with self.path.open("rb") as file:
-            file.seek(self.tensors[name].offset + start)
-            return file.read(stop - start)
+        return read_bytes(self.path, self.tensors[name].offset + start, self.tensors[name].offset + stop)
 
 
 class _Parser:

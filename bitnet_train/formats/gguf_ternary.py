@@ -25,11 +25,12 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
-from bitnet_train.formats.packing import four_in_a_byte
+from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 
 _I2_S_TAIL = 32
 _TQ1_0_PARTS = ((5, 32), (5, 16), (4, 4))  # digits of a byte, bytes: 160, 80 and 16 codes
@@ -53,8 +54,8 @@ def pack_ternary_blocks(kind: GGMLType, codes: Tensor, scale: float) -> bytes:
     return _TYPES[kind].pack(codes, scale)
 
 
-def unpack_ternary_blocks(kind: GGMLType, data: bytes, shape: tuple[int, ...]) -> Ternary:
-    """Inverse of `pack_ternary_blocks`, for a matrix of the given shape `(out, in)`.
+def unpack_ternary_blocks(kind: GGMLType, data: np.ndarray, shape: tuple[int, ...]) -> Ternary:
+    """Inverse of `pack_ternary_blocks`, for bytes in uint8 of a matrix of the given shape `(out, in)`.
 
     Raises:
         ValueError: the size does not fit the shape, the bytes are no codes, or the blocks differ in their scale.
@@ -62,31 +63,29 @@ def unpack_ternary_blocks(kind: GGMLType, data: bytes, shape: tuple[int, ...]) -
     size = tensor_bytes(kind, shape)
     if len(data) != size:
         raise ValueError(f"a tensor of type {kind.name} and shape {shape} has {size} bytes, got {len(data)}")
-    digits, scale = _TYPES[kind].unpack(data)
-    if digits.numel() and digits.max() > 2:
-        raise ValueError(f"every two bits of type {kind.name} must be 0, 1 or 2, got 3")
-    return Ternary(digits.to(torch.int8).reshape(shape) - 1, scale)
+    codes, scale = _TYPES[kind].unpack(torch.from_numpy(data))
+    return Ternary(codes.reshape(shape), scale)
 
 
 def _pack_i2_s(codes: Tensor, scale: float) -> bytes:
-    packed = four_in_a_byte(codes.reshape(-1, 4, 32).unbind(1)[::-1])
+    packed = four_in_a_byte(codes.reshape(-1, 4, 32), descending=True)
     return packed.numpy().tobytes() + struct.pack("<f", scale).ljust(_I2_S_TAIL, b"\0")
 
 
-def _unpack_i2_s(data: bytes) -> tuple[Tensor, float]:
-    packed = torch.frombuffer(bytearray(data[:-_I2_S_TAIL]), dtype=torch.uint8).reshape(-1, 1, 32)
-    (scale,) = struct.unpack_from("<f", data, len(data) - _I2_S_TAIL)
-    return packed >> _shifts(6, 4, 2, 0) & 3, scale
+def _unpack_i2_s(data: Tensor) -> tuple[Tensor, float]:
+    packed, tail = data.tensor_split((-_I2_S_TAIL,))
+    (scale,) = struct.unpack_from("<f", tail.numpy())
+    return four_of_a_byte(packed.view(-1, 32), descending=True), scale
 
 
 def _pack_tq2_0(codes: Tensor, scale: float) -> bytes:
-    packed = four_in_a_byte(codes.reshape(-1, 4, 32).unbind(1))
+    packed = four_in_a_byte(codes.reshape(-1, 4, 32))
     return _with_scale(packed.reshape(-1, 64), scale)
 
 
-def _unpack_tq2_0(data: bytes) -> tuple[Tensor, float]:
+def _unpack_tq2_0(data: Tensor) -> tuple[Tensor, float]:
     packed, scale = _without_scale(data, 64)
-    return packed.reshape(-1, 1, 32) >> _shifts(0, 2, 4, 6) & 3, scale
+    return four_of_a_byte(packed.reshape(-1, 32)), scale
 
 
 def _pack_tq1_0(codes: Tensor, scale: float) -> bytes:
@@ -98,7 +97,7 @@ def _pack_tq1_0(codes: Tensor, scale: float) -> bytes:
     return _with_scale(torch.cat(values, dim=1).to(torch.uint8), scale)
 
 
-def _unpack_tq1_0(data: bytes) -> tuple[Tensor, float]:
+def _unpack_tq1_0(data: Tensor) -> tuple[Tensor, float]:
     packed, scale = _without_scale(data, 52)
     codes = []
     for part, (digits, size) in zip(
@@ -106,11 +105,7 @@ def _unpack_tq1_0(data: bytes) -> tuple[Tensor, float]:
     ):
         shifted = part[:, None] * _POWERS.flip(0)[:digits, None] & 255  # the fraction v / 243 without its first digits
         codes.append((shifted * 3 >> 8).reshape(-1, digits * size))
-    return torch.cat(codes, dim=1), scale
-
-
-def _shifts(*by: int) -> Tensor:
-    return torch.tensor(by, dtype=torch.uint8).reshape(-1, 1)
+    return torch.cat(codes, dim=1).to(torch.int8) - 1, scale
 
 
 def _with_scale(packed: Tensor, scale: float) -> bytes:
@@ -121,9 +116,9 @@ def _with_scale(packed: Tensor, scale: float) -> bytes:
     return torch.cat((packed, half.view(torch.uint8).expand(len(packed), 2)), dim=1).numpy().tobytes()
 
 
-def _without_scale(data: bytes, size: int) -> tuple[Tensor, float]:
+def _without_scale(data: Tensor, size: int) -> tuple[Tensor, float]:
     """Inverse of `_with_scale`: the blocks uint8 `(blocks, size)`, and the scale that they share."""
-    blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, size + 2)
+    blocks = data.reshape(-1, size + 2)
     scales = blocks[:, size:].contiguous().view(torch.float16)
     if (scales != scales[0]).any():
         raise ValueError("every block must have the matrix's scale, got several; the file was written elsewhere")
@@ -132,7 +127,7 @@ def _without_scale(data: bytes, size: int) -> tuple[Tensor, float]:
 
 class _Type(NamedTuple):
     pack: Callable[[Tensor, float], bytes]
-    unpack: Callable[[bytes], tuple[Tensor, float]]
+    unpack: Callable[[Tensor], tuple[Tensor, float]]
 
 
 _TYPES = {

@@ -15,9 +15,9 @@ Where linear_class or quantization_mode is absent, transformers takes bitlinear 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +25,8 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.safetensors_file import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    read_parts,
-    read_tensor,
-    tensor_dtype,
-    tensor_names,
-    tensor_shape,
-)
+from bitnet_train.formats.parts import row_slices
+from bitnet_train.formats.safetensors_file import WEIGHTS, WEIGHTS_INDEX, StoredTensor, stored_tensors
 
 Kind = Literal["master", "packed", "dense", "none"]
 
@@ -42,6 +35,7 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KINDS: dict[object, Kind] = {
     ("autobitlinear", "online"): "master",
     ("autobitlinear", "offline"): "packed",
@@ -131,38 +125,50 @@ class HFFolder:
         return linear_class(self.config["quantization_config"]) == "bitlinear"
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """The file of each tensor, by the tensor's name."""
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Where each tensor lies, by its name."""
         if (self.path / WEIGHTS).is_file():
-            file = self.path / WEIGHTS
-            return dict.fromkeys(tensor_names(file), file)
+            return stored_tensors(self.path / WEIGHTS)
         if not (self.path / WEIGHTS_INDEX).is_file():
+            self._refuse_pickle()
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
         weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map", {})
-        for name in set(weight_map.values()):
-            if Path(name).name != name or not (self.path / name).is_file():
+        shards = {file: self._shard(file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in shards[file]:
+                raise UserError(f"{self.path / file}: tensor {name!r} is missing, which {WEIGHTS_INDEX} places there")
+        return {name: shards[file][name] for name, file in weight_map.items()}
+
+    def _shard(self, name: str) -> dict[str, StoredTensor]:
+        if Path(name).name != name or not (self.path / name).is_file():
+            raise UserError(f"{self.path / WEIGHTS_INDEX}: names {name!r}, which is not in the folder; add the file")
+        return stored_tensors(self.path / name)
+
+    def _refuse_pickle(self) -> None:
+        for file in sorted(self.path.iterdir()):
+            if file.suffix in _PICKLES:
                 raise UserError(
-                    f"{self.path / WEIGHTS_INDEX}: names {name!r}, which is not in the folder; add the file"
+                    f"{file}: is a pickle, which can run code when it is read; convert what you trust to {WEIGHTS}"
                 )
-        return {tensor: self.path / name for tensor, name in weight_map.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, read from the header."""
-        return tensor_shape(self._file_of(name), name)
+        """The shape of a tensor."""
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, read from the header."""
-        return tensor_dtype(self._file_of(name), name)
+        """The dtype of a tensor."""
+        return self._tensor(name).dtype
 
     def load(self, name: str) -> Tensor:
         """A tensor in its stored dtype."""
-        return read_tensor(self._file_of(name), name)
+        return self._tensor(name).load()
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor by blocks of rows."""
-        return read_parts(self._file_of(name), name)
+    def parts(self, name: str) -> list[Callable[[], Tensor]]:
+        """Calls that read a tensor by blocks of rows."""
+        tensor = self._tensor(name)
+        return [partial(tensor.rows, rows) for rows in row_slices(tensor.shape)]
 
-    def _file_of(self, name: str) -> Path:
-        if name not in self.files:
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
             raise UserError(f"{self.path}: tensor {name!r} is missing; the weights do not fit config.json")
-        return self.files[name]
+        return self.tensors[name]

@@ -4,25 +4,23 @@ A file is: the header's length (u64), the header (JSON, padded with spaces), the
 little endian. Source: the safetensors README, section "Format". The library reads; it cannot write what is not wholly
 in memory, so the writer is ours.
 
-A reader maps the file, and what was touched of it stays resident while it is open. So it is opened for each part
-(0.2 ms) and closed again: memory holds one part, and not the file.
+The library's own reader maps the file: a page fault per page, and what was touched stays resident. Here the bytes of a
+part are read.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import accumulate, groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain
 from math import prod
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import ahead, rows_per_part
+from bitnet_train.formats.parts import ahead, read_bytes
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -33,75 +31,68 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
-class _OpenFile(Protocol):
-    """What is used of `safetensors.safe_open`, which has no types."""
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: the file, the name of its dtype there, its shape, and its first byte.
 
-    def keys(self) -> list[str]: ...
-    def get_slice(self, name: str) -> Any: ...
-    def get_tensor(self, name: str) -> Tensor: ...
+    Raises (every method):
+        UserError: the file is cut off, or the dtype is none of those that are read here.
+    """
+
+    file: Path
+    name: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        if self.dtype_name not in _DTYPES:
+            raise UserError(
+                f"{self.file}: {self.name}: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype_name}"
+            )
+        return _DTYPES[self.dtype_name]
+
+    def load(self) -> Tensor:
+        """All of it, in its stored dtype."""
+        return self._read(0, prod(self.shape), self.shape)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of it."""
+        size = prod(self.shape[1:])
+        return self._read(rows.start * size, rows.stop * size, (-1, *self.shape[1:]))
+
+    def _read(self, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
+        start, stop = (self.offset + index * self.dtype.itemsize for index in (first, last))
+        return torch.from_numpy(read_bytes(self.file, start, stop)).view(self.dtype).view(shape)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[_OpenFile]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield cast(_OpenFile, file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: must be a whole safetensors file: {error}; copy it again") from None
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name.
 
-
-def tensor_names(path: Path) -> list[str]:
-    """The names in a file.
-
-    Raises (as every function that reads):
+    Raises:
         UserError: the file is damaged.
     """
-    with _opened(path) as file:
-        return list(file.keys())
+    try:
+        with safe_open(path, framework="pt"):  # checks that header and size fit together
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: must be a whole safetensors file: {error}; copy it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
-def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
-    """The shape of a tensor, read from the header."""
-    with _opened(path) as file:
-        return tuple(file.get_slice(name).get_shape())
-
-
-def tensor_dtype(path: Path, name: str) -> torch.dtype:
-    """The dtype of a tensor, read from the header."""
-    with _opened(path) as file:
-        stored = file.get_slice(name).get_dtype()
-    if stored not in _DTYPES:
-        raise UserError(f"{path}: {name}: dtype must be one of {', '.join(_DTYPES)}, got {stored}")
-    return _DTYPES[stored]
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor in its stored dtype."""
-    with _opened(path) as file:
-        return file.get_tensor(name)
-
-
-def read_parts(path: Path, name: str) -> Iterator[Tensor]:
-    """A tensor by blocks of rows, in order."""
-    shape = tensor_shape(path, name)
-    step = rows_per_part(shape)
-    for first in range(0, shape[0], step):
-        with _opened(path) as file:
-            part: Tensor = file.get_slice(name)[first : first + step]
-        yield part
-
-
-class LazyTensor(NamedTuple):
-    """A tensor that is to be written: `parts` makes its rows, in order, when its turn has come."""
+class TensorInfo(NamedTuple):
+    """What the header says of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: Callable[[], Iterable[Tensor]]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "LazyTensor":
-        """A tensor that is in memory."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
     @property
     def bytes(self) -> int:
@@ -109,60 +100,77 @@ class LazyTensor(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Writes a safetensors file with two parts of a tensor in memory at a time (metadata {"format": "pt"}).
+class LazyTensors(NamedTuple):
+    """Tensors that are to be written, made together: every call of `parts` makes the next rows of some of them."""
+
+    infos: Mapping[str, TensorInfo]
+    parts: Sequence[Callable[[], Mapping[str, Tensor]]]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "LazyTensors":
+        """A tensor that is in memory."""
+        return cls({name: TensorInfo(tensor.dtype, tuple(tensor.shape))}, [lambda: {name: tensor}])
+
+
+def write_safetensors(path: Path, tensors: Iterable[LazyTensors]) -> None:
+    """Writes a safetensors file with a few parts in memory at a time (metadata {"format": "pt"}).
 
     The tensors lie as the safetensors library sorts them, wide dtypes first, then by name: every one is then aligned.
-    They are made in the order of `tensors`, so that neighbours there can share their work.
+    They are made in the order of `tensors`.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    ends = dict(zip(order, accumulate(tensors[name].bytes for name in order), strict=True))
-    header = _header({name: tensors[name] for name in order}, ends)
+    tensors = list(tensors)
+    infos = {name: info for made in tensors for name, info in made.infos.items()}
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+    ends = dict(zip(order, accumulate(infos[name].bytes for name in order), strict=True))
+    header = _header({name: infos[name] for name in order}, ends)
+    place = {name: len(header) + ends[name] - infos[name].bytes for name in order}
     with path.open("wb") as file:
         file.write(header)
-        made = ((name, part) for name, tensor in tensors.items() for part in tensor.parts())
-        for name, parts in groupby(ahead(made), key=itemgetter(0)):
-            file.seek(len(header) + ends[name] - tensors[name].bytes)
-            for _, part in parts:
-                assert part.dtype == tensors[name].dtype, name
-                file.write(part.detach().reshape(-1).view(torch.uint8).numpy().data)
-            assert file.tell() == len(header) + ends[name], name
+        for part in ahead(chain.from_iterable(made.parts for made in tensors)):
+            for name, rows in part.items():
+                assert rows.dtype == infos[name].dtype, name
+                file.seek(place[name])
+                file.write(rows.detach().reshape(-1).view(torch.uint8).numpy().data)
+                place[name] = file.tell()
+    assert place == {name: len(header) + end for name, end in ends.items()}
 
 
-def _header(tensors: Mapping[str, LazyTensor], ends: Mapping[str, int]) -> bytes:
+def _header(infos: Mapping[str, TensorInfo], ends: Mapping[str, int]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name, tensor in tensors.items():
-        offsets = [ends[name] - tensor.bytes, ends[name]]
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+    for name, info in infos.items():
+        offsets = [ends[name] - info.bytes, ends[name]]
+        header[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_weights(folder: Path, tensors: Iterable[LazyTensors], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes the weights of a model folder: one file, or where they exceed a shard several and their index."""
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_safetensors(folder / WEIGHTS, tensors)
+        write_safetensors(folder / WEIGHTS, shards[0])
         return
+    sizes: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = _SHARD.format(number=number, count=len(shards))
         write_safetensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.bytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        sizes |= {name: info.bytes for made in shard for name, info in made.infos.items()}
+        weight_map |= {name: file for made in shard for name in made.infos}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int) -> list[dict[str, LazyTensor]]:
-    """Cuts the list of tensors where the next one would not fit; one that is larger by itself has its own shard."""
-    shards: list[dict[str, LazyTensor]] = [{}]
+def _shards(tensors: Iterable[LazyTensors], max_bytes: int) -> list[list[LazyTensors]]:
+    """Cuts the list where the next tensors would not fit; those that are larger by themselves have their own shard."""
+    shards: list[list[LazyTensors]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.bytes > max_bytes:
-            shards.append({})
+    for made in tensors:
+        more = sum(info.bytes for info in made.infos.values())
+        if shards[-1] and size + more > max_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.bytes
+        shards[-1].append(made)
+        size += more
     return shards

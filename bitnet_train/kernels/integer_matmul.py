@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bitnet_train.autocast import no_autocast
+
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a . b^T of int8 `(tokens, in)` and ternary int8 `(out, in)` as int32 `(tokens, out)`, exact for in < 132,000.
@@ -11,7 +13,8 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     if _has_int8_matmul(a, b):
         return torch._int_mm(a, b.t())
-    return (a.float() @ b.float().t()).int()
+    with no_autocast(a):
+        return (a.float() @ b.float().t()).int()
 
 
 def _has_int8_matmul(a: Tensor, b: Tensor) -> bool:

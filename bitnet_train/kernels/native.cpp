@@ -339,9 +339,10 @@ void log_likelihood(const Y *logits, const int64_t *labels, int64_t rows, int64_
         float largest = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : largest)
         for (int64_t i = 0; i < vocab; ++i) largest = largest > load(row[i]) ? largest : load(row[i]);
+        float shift = std::isfinite(largest) ? largest : 0.0f;  // inf - inf would be NaN
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < vocab; ++i) sum += exp_approx(load(row[i]) - largest);
-        lse[t] = largest + std::log(sum);
+        for (int64_t i = 0; i < vocab; ++i) sum += exp_approx(load(row[i]) - shift);
+        lse[t] = shift + std::log(sum);
         logps[t] = load(row[labels[t]]) - lse[t];
     }
 }
@@ -377,6 +378,43 @@ template <class X> void absolute_sums(const X *w, int64_t count, int64_t block, 
 template <class X> void ternary_codes(const X *w, float half, int64_t count, int8_t *codes) {
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; ++i) codes[i] = int8_t((load(w[i]) > half) - (load(w[i]) < -half));
+}
+
+// Place of the two bits of the k-th of the four codes in a byte.
+inline int place(int k, bool descending) { return descending ? 6 - 2 * k : 2 * k; }
+
+constexpr int64_t PACKED = 4096;  // bytes whose codes are read or written together: they stay in the first-level cache
+
+// to[b, i] = sum over k of (codes[b, k, i] + 1) << place(k), for codes (blocks, 4, width).
+void pack_codes(const int8_t *codes, int64_t blocks, int64_t width, bool descending, uint8_t *to) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int8_t *c[4];  // in the order of their places
+        for (int k = 0; k < 4; ++k) c[place(k, descending) / 2] = codes + (4 * b + k) * width;
+        uint8_t *row = to + b * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i)
+            row[i] = uint8_t(85 + c[0][i] + 4 * (c[1][i] + 4 * (c[2][i] + 4 * c[3][i])));
+    }
+}
+
+// The inverse; returns how many bytes hold a pair of bits that is 3, which is no code.
+int64_t unpack_codes(const uint8_t *packed, int64_t blocks, int64_t width, bool descending, int8_t *codes) {
+    int64_t bad = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+        for (int64_t start = 0; start < width; start += PACKED) {
+            const uint8_t *from = packed + b * width + start;
+            int64_t count = std::min(PACKED, width - start);
+            for (int k = 0; k < 4; ++k) {
+                int8_t *to = codes + (4 * b + k) * width + start;
+                int shift = place(k, descending);
+#pragma omp simd
+                for (int64_t i = 0; i < count; ++i) to[i] = int8_t(((from[i] >> shift) & 3) - 1);
+            }
+#pragma omp simd reduction(+ : bad)
+            for (int64_t i = 0; i < count; ++i) bad += (from[i] & (from[i] >> 1) & 0x55) != 0;
+        }
+    }
+    return bad;
 }
 
 }  // namespace
@@ -445,4 +483,12 @@ LIKELIHOOD(bf16, log_likelihood_bf16, likelihood_gradient_bf16)
     void CODES(const X *w, float half, int64_t count, int8_t *codes) { ternary_codes(w, half, count, codes); }
 WEIGHTS(float, absolute_sums_f32, ternary_codes_f32)
 WEIGHTS(bf16, absolute_sums_bf16, ternary_codes_bf16)
+
+void pack_ternary(const int8_t *codes, int64_t blocks, int64_t width, int64_t descending, uint8_t *to) {
+    pack_codes(codes, blocks, width, descending, to);
+}
+void unpack_ternary(const uint8_t *packed, int64_t blocks, int64_t width, int64_t descending, int8_t *codes,
+                    int64_t *bad) {
+    *bad = unpack_codes(packed, blocks, width, descending, codes);
+}
 }

@@ -11,9 +11,13 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Container
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,37 +33,53 @@ FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-e
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2}
 ROW_BLOCKS = 64  # partial sums of a sum over rows: more than most machines have threads, whatever the number of rows
 
+_LOADING = threading.Lock()  # one thread compiles, the others wait
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def available(*tensors: Tensor | None) -> bool:
-    """True where native.cpp can work on these tensors: float32 and bfloat16 on CPU, outside a compiled graph."""
+def available(*tensors: Tensor | None, dtypes: Container[torch.dtype] = (torch.float32, torch.bfloat16)) -> bool:
+    """True where native.cpp can work on these tensors: of such a dtype, on CPU, outside a compiled graph."""
     present = [tensor for tensor in tensors if tensor is not None]
     return (
         all(
             type(tensor) in (Tensor, Parameter) for tensor in present
         )  # no fake, sharded or other tensor without memory
-        and all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in present)
+        and all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in present)
         and not torch.compiler.is_compiling()
         and library() is not None
     )
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None, with a log line that says why."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("BITNET_TRAIN_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
+    with _LOADING:
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    compiler = _compiler()
+    if os.environ.get("BITNET_TRAIN_NATIVE") == "0" or not compiler or platform.system() != "Linux":
         logger.info("the C++ passes are off: the same is computed by torch, slower")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("%s could not compile %s, torch computes the same, slower: %s", compiler, SOURCE.name, error)
+        command = shlex.join(compiler)
+        logger.warning("%s could not compile %s, torch computes the same, slower: %s", command, SOURCE.name, error)
         return None
+    # A forked process has none of OpenMP's threads, and would wait for them, in torch's operations too.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+    return loaded
 
 
-def _compiled(compiler: str) -> Path:
+def _compiler() -> list[str]:
+    """The command of the C++ compiler, such as `ccache g++` from CXX; empty where there is none."""
+    found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
+    return shlex.split(os.environ.get("CXX", "")) or [*islice(found, 1)]
+
+
+def _compiled(compiler: list[str]) -> Path:
     """The library for this source, compiler and processor; compiled when it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
     path = cache / f"native-{_fingerprint(compiler)}.so"
@@ -67,7 +87,7 @@ def _compiled(compiler: str) -> Path:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed into place: another process may do the same
             built = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
+            command = [*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             built.replace(path)
     if path.stat().st_uid != os.geteuid():
@@ -75,8 +95,8 @@ def _compiled(compiler: str) -> Path:
     return path
 
 
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+def _fingerprint(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     processor = [line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part"))]
     parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), "\n".join(sorted(set(processor))).encode())
@@ -229,3 +249,20 @@ def ternary_codes(weight: Tensor, half: float) -> Tensor:
     codes = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     _call(f"ternary_codes_{_SUFFIX[weight.dtype]}", weight, float(half), weight.numel(), codes)
     return codes
+
+
+def pack_ternary(codes: Tensor, descending: bool) -> Tensor:
+    """Codes int8 `(blocks, 4, width)` to uint8 `(blocks, width)`, see `formats.packing.four_in_a_byte`."""
+    blocks, _, width = codes.shape
+    packed = torch.empty(blocks, width, dtype=torch.uint8, device="cpu")
+    _call("pack_ternary", codes, blocks, width, int(descending), packed)
+    return packed
+
+
+def unpack_ternary(packed: Tensor, descending: bool) -> tuple[Tensor, int]:
+    """The inverse, and how many bytes hold a pair of bits that is no code."""
+    blocks, width = packed.shape
+    codes = torch.empty(blocks, 4, width, dtype=torch.int8, device="cpu")
+    bad = torch.zeros(1, dtype=torch.int64, device="cpu")
+    _call("unpack_ternary", packed, blocks, width, int(descending), codes, bad)
+    return codes, int(bad)

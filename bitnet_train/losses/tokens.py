@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bitnet_train.autocast import compute_dtype, no_autocast
 from bitnet_train.kernels import native
 
 IGNORE_INDEX = -100  # a label that carries no loss, as in torch and transformers
@@ -67,11 +68,6 @@ class _HeadGradient:
             rows = max(1, WEIGHTS_PER_SLICE // weight.shape[1])
             for total, part in zip(self.weight.split(rows), grad_logits.split(rows, dim=1), strict=True):
                 total += part.t() @ hidden
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _CrossEntropySum(Function):
@@ -122,10 +118,11 @@ class _TokenLogps(Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         states, head, factor = hidden.to(ctx.dtype), weight.to(ctx.dtype), -grad_outputs[0]
         grads = _HeadGradient(hidden, weight, ctx.needs_input_grad[1])
-        for chunk in _chunks(len(labels), len(weight)):
-            logits = states[chunk] @ head.t()
-            grad_logits = _gradient_(logits, labels[chunk], lse[chunk], factor[chunk], factor[chunk])
-            grads.add(chunk, grad_logits, states[chunk], head)
+        with no_autocast(hidden):
+            for chunk in _chunks(len(labels), len(weight)):
+                logits = states[chunk] @ head.t()
+                grad_logits = _gradient_(logits, labels[chunk], lse[chunk], factor[chunk], factor[chunk])
+                grads.add(chunk, grad_logits, states[chunk], head)
         grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         return grads.hidden.to(hidden.dtype), grad_weight, None, None
 
@@ -141,8 +138,8 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: int64 `(...)`, the id that follows each position.
     """
     kept = labels != IGNORE_INDEX
-    dtype = _compute_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    dtype = compute_dtype(hidden)
+    with no_autocast(hidden):
         logps: Tensor = _TokenLogps.apply(hidden[kept], weight, labels[kept], dtype)  # type: ignore[no-untyped-call]
     return torch.zeros(labels.shape, device=labels.device).masked_scatter(kept, logps)
 
@@ -153,9 +150,9 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: fl
     The gradient is made together with the loss, once: a second backward pass raises RuntimeError.
     """
     kept = labels != IGNORE_INDEX
-    dtype, grad_enabled = _compute_dtype(hidden), torch.is_grad_enabled()
+    dtype, grad_enabled = compute_dtype(hidden), torch.is_grad_enabled()
     needs = (grad_enabled and hidden.requires_grad, grad_enabled and weight.requires_grad)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         loss: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
             hidden[kept], weight, labels[kept], z_loss, dtype, needs
         )

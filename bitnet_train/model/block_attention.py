@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bitnet_train.autocast import no_autocast
 from bitnet_train.kernels import native
 from bitnet_train.kernels.native import Window
 
@@ -58,14 +59,15 @@ class _BlockAttention(Function):
         (batch, heads, seq, dim), kv_heads = q.shape, k.shape[1]
         grad_q = q.new_empty(batch, seq, heads, dim).transpose(1, 2)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        for (row, queries, keys, window), block_lse in zip(_blocks(starts), lse, strict=True):
-            rows, grads = (_grouped(x[row, :, queries], kv_heads) for x in (q, grad))
-            p = rows @ k[row, :, keys].transpose(1, 2)
-            grad_s = grads @ v[row, :, keys].transpose(1, 2)
-            native.softmax_backward_(p, grad_s, dim**-0.5, window, block_lse)
-            grad_v[row, :, keys] += p.transpose(1, 2) @ grads
-            grad_k[row, :, keys] += grad_s.transpose(1, 2) @ rows
-            grad_q[row, :, queries] = (grad_s @ k[row, :, keys]).view(heads, -1, dim)
+        with no_autocast(grad):
+            for (row, queries, keys, window), block_lse in zip(_blocks(starts), lse, strict=True):
+                rows, grads = (_grouped(x[row, :, queries], kv_heads) for x in (q, grad))
+                p = rows @ k[row, :, keys].transpose(1, 2)
+                grad_s = grads @ v[row, :, keys].transpose(1, 2)
+                native.softmax_backward_(p, grad_s, dim**-0.5, window, block_lse)
+                grad_v[row, :, keys] += p.transpose(1, 2) @ grads
+                grad_k[row, :, keys] += grad_s.transpose(1, 2) @ rows
+                grad_q[row, :, queries] = (grad_s @ k[row, :, keys]).view(heads, -1, dim)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
@@ -86,5 +88,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     Returns:
         `(batch, heads, seq, head_dim)`, laid out as `(batch, seq, heads, head_dim)`.
     """
-    output: Tensor = _BlockAttention.apply(q, k, v, starts.expand(len(q), -1).contiguous())  # type: ignore[no-untyped-call]
+    starts = starts.expand(len(q), -1).contiguous()
+    with no_autocast(q):
+        output: Tensor = _BlockAttention.apply(q, k, v, starts)  # type: ignore[no-untyped-call]
     return output

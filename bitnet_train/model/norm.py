@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bitnet_train.autocast import no_autocast
 from bitnet_train.fused import Norm
 
 
@@ -30,7 +31,7 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             normal = (x * r).reshape(-1, x.shape[-1])  # x r, float32 `(tokens, size)`
             rows = grad.reshape(normal.shape)
             product = rows * normal

@@ -142,8 +142,8 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
         _check_window(folder, source.config, config)
     model = BitNetForCausalLM(config)
     parameters = dict(model.named_parameters())
-    initialised = [name for name in parameters if name not in source.files and _may_be_new(name, model_type)]
-    left_out = sorted(source.files.keys() - parameters.keys())
+    initialised = [name for name in parameters if name not in source.tensors and _may_be_new(name, model_type)]
+    left_out = sorted(source.tensors.keys() - parameters.keys())
     _check_left_out(source, left_out, config)
     copied = [name for name in parameters if name not in initialised]
     for name in copied:

@@ -10,9 +10,10 @@ What is quantised already is never quantised again: the absmean of q g is not g,
 that are not zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, unpack_ternary_blocks
 from bitnet_train.formats.hf_folder import HFFolder, Kind, quantization_config
 from bitnet_train.formats.packing import unpack_ternary
-from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.parts import row_slices
 from bitnet_train.quant import TernaryWeight, quantize_weight
 
 _NO_CODE = 2  # stands for a stored value that is neither 0 nor plus or minus the scale
@@ -43,8 +44,8 @@ class Weights(Protocol):
     def ternary(self, name: str) -> TernaryWeight:
         """Codes `(out, in)` of a matrix, and its scale g, float32."""
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        """Any other tensor in its stored dtype, by blocks of rows."""
+    def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
+        """Calls that read any other tensor in its stored dtype, by blocks of rows."""
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of such a tensor."""
@@ -63,7 +64,7 @@ def located(path: Path, name: str) -> Iterator[None]:
 
 def whole(weights: Weights, name: str) -> Tensor:
     """A tensor that is not ternary, in one piece."""
-    return torch.cat(list(weights.parts(name)))
+    return torch.cat([read() for read in weights.parts(name)])
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class FolderWeights:
     def ternary(self, name: str) -> TernaryWeight:
         if self.kind != "packed":
             weight = self.folder.load(name)
-            ternary = quantize_weight(weight.float())
+            ternary = quantize_weight(weight)
             if not ternary.scale.isfinite():  # as little as one weight makes it so
                 check_finite(self.path, name, weight)
             return ternary
@@ -90,10 +91,13 @@ class FolderWeights:
         check_finite(self.path, f"{name}_scale", scale)
         return TernaryWeight(codes, scale.reciprocal() if self.folder.inverse_scale else scale)
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        for part in self.folder.parts(name):
-            check_finite(self.path, name, part)
-            yield part
+    def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
+        return [partial(self._finite, name, read) for read in self.folder.parts(name)]
+
+    def _finite(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        part = read()
+        check_finite(self.path, name, part)
+        return part
 
     def dtype(self, name: str) -> torch.dtype:
         return self.folder.dtype(name)
@@ -117,14 +121,16 @@ class GGUFWeights:
             codes, scale = unpack_ternary_blocks(kind, self.file.read(gguf_name(name)), self.shape(name))
         return TernaryWeight(codes, torch.tensor(scale))
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        kind, (rows, *others) = self.file.kind(gguf_name(name)), self.shape(name)
-        row_bytes, step = prod(others) * self.dtype(name).itemsize, rows_per_part(self.shape(name))
-        for first in range(0, rows, step):
-            data = self.file.read(gguf_name(name), first * row_bytes, (first + step) * row_bytes)
-            part = unpack_float(data, kind, (-1, *others))
-            check_finite(self.path, name, part)
-            yield part
+    def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
+        return [partial(self._rows, name, rows) for rows in row_slices(self.shape(name))]
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        others = self.shape(name)[1:]
+        row_bytes = prod(others) * self.dtype(name).itemsize
+        data = self.file.read(gguf_name(name), rows.start * row_bytes, rows.stop * row_bytes)
+        part = unpack_float(data, self.file.kind(gguf_name(name)), (-1, *others))
+        check_finite(self.path, name, part)
+        return part
 
     def dtype(self, name: str) -> torch.dtype:
         kind = self.file.kind(gguf_name(name))

@@ -15,6 +15,15 @@ from tests.support import chat_rows, tiny_tokenizer, train, write_jsonl
 transformers = pytest.importorskip("transformers")
 
 SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SHAPE = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 COMMAND = [
     "+recipe=quickstart-sft",
     "trainer=cpu",
@@ -34,16 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with conversations and a random Llama of two layers."""
     folder = tmp_path_factory.mktemp("data")
     write_jsonl(folder / "chat.jsonl", chat_rows(24))
-    config = transformers.LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        rope_parameters={"rope_theta": 5000.0, **SCALING},
-    )
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 5000.0, **SCALING})
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
     tiny_tokenizer().save(folder / "llama")
     return folder
@@ -57,13 +57,7 @@ def test_a_llama_is_trained_as_a_bitnet(data: Path) -> None:
     assert report in result.stdout
     model = load_for_inference(data / "run/model")
     assert model.config == BitNetConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+        **SHAPE,  # type: ignore[arg-type]
         hidden_act="silu",
         rms_norm_eps=1e-6,
         rope_theta=5000.0,

@@ -4,13 +4,13 @@ Every attention backend runs all of it: a new one is one more line of BACKENDS.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.execution import Execution
 from bitnet_train.model.rope import RopeScaling
@@ -18,6 +18,7 @@ from bitnet_train.model.rope import RopeScaling
 pytest.importorskip("transformers")
 
 from tests.parity.reference import quiet_ids, theirs
+from tests.support import TINY
 
 BACKENDS = ["auto", "sdpa"]  # of `Execution.attention`
 KINDS = [pytest.param(False, id="dense"), pytest.param(True, id="ternary")]
@@ -32,13 +33,11 @@ def _as_written() -> Iterator[None]:
 
 
 def decoder(backend: str, quantize: bool) -> BitNetForCausalLM:
-    config = BitNetConfig(
+    config = replace(
+        TINY,
         vocab_size=97,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         rope_theta=1000.0,
         rope_scaling=RopeScaling("yarn", 4.0, 4),  # positions that do not restart would show

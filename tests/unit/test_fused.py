@@ -106,6 +106,26 @@ def test_autocast_decides_the_dtype_and_masters_get_float32_gradients() -> None:
         assert (a - b).norm() < 2**-7 * b.norm()
 
 
+def test_autocast_in_the_backward_pass_changes_nothing() -> None:
+    x, weight, gain = inputs = [torch.randn(shape, requires_grad=True) for shape in ((40, 64), (32, 64), (64,))]
+    y, grad = normed_bit_linear(x, [weight], norm=Norm(gain, 1e-6)), torch.randn(40, 32)
+    expected = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(torch.autograd.grad(y, inputs, grad), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_tensors_without_memory_pass_under_autocast() -> None:
+    x, weight = torch.empty(2, 3, 16, device="meta"), torch.empty(8, 16, device="meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert normed_bit_linear(x, [weight]).shape == (2, 3, 8)
+
+
+def test_an_activation_without_a_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation must be None where norm is None, got 'silu'"):
+        normed_bit_linear(torch.randn(2, 16), [torch.randn(4, 8)], activation="silu")
+
+
 def test_leading_dimensions_and_codes_at_hand() -> None:
     x, weights = torch.randn(2, 3, 16), [torch.randn(n, 16) for n in (8, 4)]
     together = normed_bit_linear(x, weights, stacked=stack(weights))

@@ -84,6 +84,13 @@ def test_integer_matmul_is_exact(shape: tuple[int, int, int]) -> None:
     assert torch.equal(integer_matmul(a, b).long(), a.long() @ b.long().t())
 
 
+def test_integer_matmul_in_floats_is_exact_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.full((2, 301), 127, dtype=torch.int8), torch.ones(3, 301, dtype=torch.int8)
+    monkeypatch.setattr("bitnet_train.kernels.integer_matmul._has_int8_matmul", lambda a, b: False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert integer_matmul(a, b).eq(127 * 301).all()
+
+
 def test_integer_matmul_of_nothing() -> None:
     assert integer_matmul(torch.empty(0, 4, dtype=torch.int8), torch.ones(3, 4, dtype=torch.int8)).shape == (0, 3)
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_an_upload_is_dry_by_default(
 ) -> None:
     sent: list[tuple[Path, str]] = []
 
-    def send(path: Path, repository: str) -> str:
+    def send(path: Path, card: str, repository: str) -> str:
         sent.append((path, repository))
         return "url"
 
@@ -120,6 +121,35 @@ def test_an_upload_is_dry_by_default(
     assert sent == []
     assert run([*arguments, "--no-dry-run"]) == 0
     assert sent == [(tmp_path / "out", "me/model")]
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi: `files` are the repository's."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> str:
+        assert private
+        return f"https://hub/{repository}"
+
+    def upload_file(self, *, path_or_fileobj: Path | bytes, path_in_repo: str, repo_id: str) -> None:
+        content = path_or_fileobj if isinstance(path_or_fileobj, bytes) else path_or_fileobj.read_bytes()
+        self.files[path_in_repo] = content
+
+
+def test_a_gguf_file_is_uploaded_with_its_card(
+    master: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Hub)
+    arguments = [str(master), str(tmp_path / "model.gguf"), "--format", "gguf", "--push-to-hub", "me/model"]
+    assert run([*arguments, "--no-dry-run", "--license", "mit"]) == 0
+    assert Hub.files.keys() == {"README.md", "model.gguf"}
+    assert Hub.files["model.gguf"] == (tmp_path / "model.gguf").read_bytes()
+    assert b"license: mit" in Hub.files["README.md"]
+    assert b"-m model.gguf" in Hub.files["README.md"]
+    output = capsys.readouterr().out
+    assert "sending README.md (0.0 MB)" in output
+    assert "sent: https://hub/me/model" in output
 
 
 def test_an_export_is_replaced_only_by_force(master: Path, tmp_path: Path) -> None:

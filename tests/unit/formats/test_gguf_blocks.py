@@ -20,7 +20,7 @@ def test_floats(kind: GGMLType, expected: bytes) -> None:
     data = pack_float(values, kind)
     assert data == expected
     assert len(data) == tensor_bytes(kind, (2, 1))
-    assert unpack_float(data, kind, (2, 1)).tolist() == [[1.0], [-2.0]]
+    assert unpack_float(np.frombuffer(bytearray(data), np.uint8), kind, (2, 1)).tolist() == [[1.0], [-2.0]]
 
 
 def test_sizes() -> None:

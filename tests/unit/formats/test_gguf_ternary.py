@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
-from bitnet_train.formats.gguf_ternary import pack_ternary_blocks, unpack_ternary_blocks
+from bitnet_train.formats.gguf_ternary import Ternary, pack_ternary_blocks, unpack_ternary_blocks
 
 TYPES = [GGMLType.I2_S, GGMLType.TQ1_0, GGMLType.TQ2_0]
 
@@ -40,6 +40,10 @@ ORACLES = {
     GGMLType.TQ1_0: library_oracle(GGMLQuantizationType.TQ1_0),
     GGMLType.TQ2_0: library_oracle(GGMLQuantizationType.TQ2_0),
 }
+
+
+def unpack(kind: GGMLType, data: bytes, shape: tuple[int, ...]) -> Ternary:
+    return unpack_ternary_blocks(kind, np.frombuffer(bytearray(data), np.uint8), shape)
 
 
 def zeros_but(columns: int, **at: int) -> torch.Tensor:
@@ -83,7 +87,7 @@ def test_matches_the_oracle_and_unpacks(kind: GGMLType, rows: int, blocks: int, 
     assert data == ORACLES[kind](codes.numpy(), scale)
     assert len(data) == tensor_bytes(kind, (rows, 256 * blocks))
     assert torch.equal(codes, before)
-    unpacked, unpacked_scale = unpack_ternary_blocks(kind, data, (rows, 256 * blocks))
+    unpacked, unpacked_scale = unpack(kind, data, (rows, 256 * blocks))
     assert torch.equal(unpacked, codes)
     assert unpacked_scale == scale
 
@@ -91,7 +95,7 @@ def test_matches_the_oracle_and_unpacks(kind: GGMLType, rows: int, blocks: int, 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_matrix_of_zeros_keeps_its_scale(kind: GGMLType) -> None:
     codes = torch.zeros(2, 256, dtype=torch.int8)
-    unpacked, scale = unpack_ternary_blocks(kind, pack_ternary_blocks(kind, codes, 0.25), (2, 256))
+    unpacked, scale = unpack(kind, pack_ternary_blocks(kind, codes, 0.25), (2, 256))
     assert scale == 0.25
     assert not unpacked.any()
 
@@ -99,17 +103,17 @@ def test_a_matrix_of_zeros_keeps_its_scale(kind: GGMLType) -> None:
 def test_the_scale_is_rounded_to_the_type() -> None:
     codes = torch.ones(1, 256, dtype=torch.int8)
     for kind, rounded in ((GGMLType.I2_S, np.float32(0.1)), (GGMLType.TQ2_0, np.float16(0.1))):
-        assert unpack_ternary_blocks(kind, pack_ternary_blocks(kind, codes, 0.1), (1, 256)).scale == rounded
+        assert unpack(kind, pack_ternary_blocks(kind, codes, 0.1), (1, 256)).scale == rounded
     with pytest.raises(ValueError, match="scale must be within the range of F16, got 70000"):
         pack_ternary_blocks(GGMLType.TQ1_0, codes, 70000.0)
 
 
 def test_wrong_size_and_bytes_that_are_no_codes_are_refused() -> None:
     with pytest.raises(ValueError, match="64 bytes, got 63"):
-        unpack_ternary_blocks(GGMLType.I2_S, bytes(63), (1, 128))
+        unpack(GGMLType.I2_S, bytes(63), (1, 128))
     with pytest.raises(ValueError, match="got 3"):
-        unpack_ternary_blocks(GGMLType.I2_S, bytes([0b11]) + bytes(63), (1, 128))
+        unpack(GGMLType.I2_S, bytes([0b11]) + bytes(63), (1, 128))
     with pytest.raises(ValueError, match="got 3"):
-        unpack_ternary_blocks(GGMLType.TQ2_0, bytes([0b11]) + bytes(65), (1, 256))
+        unpack(GGMLType.TQ2_0, bytes([0b11]) + bytes(65), (1, 256))
     with pytest.raises(ValueError, match="must have the matrix's scale, got several"):
-        unpack_ternary_blocks(GGMLType.TQ2_0, bytes(66) + bytes(64) + b"\x00\x38", (2, 256))
+        unpack(GGMLType.TQ2_0, bytes(66) + bytes(64) + b"\x00\x38", (2, 256))

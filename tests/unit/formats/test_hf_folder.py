@@ -73,7 +73,7 @@ def test_json_keeps_its_characters(tmp_path: Path) -> None:
 def test_one_file_is_read_by_tensor(tmp_path: Path) -> None:
     save_file({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "model.safetensors")
     folder = HFFolder(tmp_path)
-    assert list(folder.files) == ["w"]
+    assert list(folder.tensors) == ["w"]
     assert folder.shape("w") == (2, 3)
     assert folder.load("w").tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(UserError, match="tensor 'v' is missing"):

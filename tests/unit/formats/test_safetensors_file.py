@@ -1,8 +1,10 @@
 """safetensors files as the library reads and writes them, by parts and by shards."""
 
 import json
+import os
 import weakref
-from collections.abc import Iterator
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import rows_per_part
+from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.safetensors_file import (
-    LazyTensor,
-    read_parts,
-    tensor_dtype,
+    LazyTensors,
+    TensorInfo,
+    stored_tensors,
     write_safetensors,
     write_weights,
 )
@@ -30,7 +32,7 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path: Path) -> None:
         "é": torch.randn(1, 1, 1).half(),
         "none": torch.zeros(0, 4, dtype=torch.int8),
     }
-    write_safetensors(tmp_path / "w", {name: LazyTensor.of(tensor) for name, tensor in tensors.items()})
+    write_safetensors(tmp_path / "w", starmap(LazyTensors.of, tensors.items()))
     loaded = load_file(tmp_path / "w")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -42,7 +44,7 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path: Path) -> None:
 
 def test_literal_header(tmp_path: Path) -> None:
     narrow, wide = torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([1.0])
-    write_safetensors(tmp_path / "w", {"a": LazyTensor.of(narrow), "b": LazyTensor.of(wide)})
+    write_safetensors(tmp_path / "w", [LazyTensors.of("a", narrow), LazyTensors.of("b", wide)])
     data = (tmp_path / "w").read_bytes()
     size = int.from_bytes(data[:8], "little")
     assert size % 8 == 0
@@ -56,41 +58,42 @@ def test_literal_header(tmp_path: Path) -> None:
 def test_few_parts_at_a_time_are_in_memory(tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
 
-    def parts() -> Iterator[Tensor]:
-        for _ in range(3):
-            assert sum(reference() is not None for reference in alive) <= 2  # the one that is written, and the last
-            tensor = torch.zeros(2)
-            alive.append(weakref.ref(tensor))
-            yield tensor
-            del tensor
+    def part(name: str) -> dict[str, Tensor]:
+        assert sum(reference() is not None for reference in alive) <= 6  # written, waiting, and being made
+        tensor = torch.zeros(2)
+        alive.append(weakref.ref(tensor))
+        return {name: tensor}
 
-    write_safetensors(tmp_path / "w", {f"w{i}": LazyTensor(torch.float32, (6,), parts) for i in range(5)})
-    assert len(alive) == 15
+    info = TensorInfo(torch.float32, (6,))
+    tensors = [LazyTensors({f"w{i}": info}, [partial(part, f"w{i}")] * 3) for i in range(9)]
+    write_safetensors(tmp_path / "w", tensors)
+    assert len(alive) == 27
 
 
-def test_tensors_are_made_in_the_order_that_was_given(tmp_path: Path) -> None:
-    made: list[str] = []
-
-    def tensor(name: str, dtype: torch.dtype) -> LazyTensor:
-        return LazyTensor(dtype, (1,), lambda: [made.append(name) or torch.ones(1, dtype=dtype)])  # type: ignore[func-returns-value]
-
-    write_safetensors(tmp_path / "w", {"b": tensor("b", torch.uint8), "a": tensor("a", torch.float32)})
-    assert made == ["b", "a"]
-    assert {name: value.item() for name, value in load_file(tmp_path / "w").items()} == {"a": 1.0, "b": 1}
+def test_tensors_that_are_made_together_lie_where_the_library_would_put_them(tmp_path: Path) -> None:
+    infos = {"b": TensorInfo(torch.uint8, (2,)), "a": TensorInfo(torch.float32, (2,))}
+    parts = [{"b": torch.tensor([i], dtype=torch.uint8), "a": torch.tensor([i / 2])} for i in range(2)]
+    write_safetensors(tmp_path / "w", [LazyTensors(infos, [partial(dict, part) for part in parts])])
+    save_file(
+        {"b": torch.tensor([0, 1], dtype=torch.uint8), "a": torch.tensor([0, 0.5])}, tmp_path / "v", {"format": "pt"}
+    )
+    assert (tmp_path / "w").read_bytes() == (tmp_path / "v").read_bytes()
 
 
 def test_a_large_tensor_is_read_by_blocks_of_rows(tmp_path: Path) -> None:
     tensor = torch.arange(5 * (1 << 21)).reshape(5, 1 << 21).to(torch.uint8)
     save_file({"w": tensor}, tmp_path / "w")
-    parts = list(read_parts(tmp_path / "w", "w"))
+    stored = stored_tensors(tmp_path / "w")["w"]
+    parts = [stored.rows(rows) for rows in row_slices(stored.shape)]
     assert [len(part) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat(parts), tensor)
-    assert rows_per_part((10**6,)) == 1 << 22
-    assert rows_per_part((2, 1 << 30)) == 1
+    assert torch.equal(stored.load(), tensor)
+    assert row_slices((1 << 23,)) == [slice(0, 1 << 22), slice(1 << 22, 1 << 23)]
+    assert row_slices((2, 1 << 30)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_shards_are_cut_where_the_next_tensor_does_not_fit(tmp_path: Path) -> None:
-    tensors = {name: LazyTensor.of(torch.full((size,), size * 1.0)) for name, size in (("a", 2), ("b", 2), ("c", 9))}
+    tensors = [LazyTensors.of(name, torch.full((size,), size * 1.0)) for name, size in (("a", 2), ("b", 2), ("c", 9))]
     write_weights(tmp_path, tensors, max_shard_bytes=16)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -101,11 +104,20 @@ def test_shards_are_cut_where_the_next_tensor_does_not_fit(tmp_path: Path) -> No
 
 
 def test_one_shard_has_no_index(tmp_path: Path) -> None:
-    write_weights(tmp_path, {"a": LazyTensor.of(torch.zeros(4))}, max_shard_bytes=16)
+    write_weights(tmp_path, [LazyTensors.of("a", torch.zeros(4))], max_shard_bytes=16)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_a_dtype_that_is_not_read_here_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1, dtype=torch.int64)}, tmp_path / "w")
     with pytest.raises(UserError, match=r"w: w: dtype must be one of .* got I64"):
-        tensor_dtype(tmp_path / "w", "w")
+        _ = stored_tensors(tmp_path / "w")["w"].dtype
+
+
+def test_a_file_that_is_cut_off_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(9)}, tmp_path / "w")
+    stored = stored_tensors(tmp_path / "w")["w"]
+    os.truncate(tmp_path / "w", stored.offset + 32)
+    assert stored.rows(slice(0, 8)).tolist() == [0.0] * 8
+    with pytest.raises(UserError, match=r"w: must have \d+ bytes, got \d+; copy it again"):
+        stored.load()

@@ -1,7 +1,11 @@
 """The C++ passes: bit for bit or within float32 rounding what torch computes, on any shape and number of threads."""
 
+import math
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bitnet_train import fused
+from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
 from bitnet_train.losses import tokens
-from bitnet_train.quant import absmean, quantize_activation, ternary_codes
+from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 5), (7, 123), (64, 128), (200, 509))  # tokens, features: odd, prime, a whole tile, several
@@ -30,9 +35,19 @@ def both(monkeypatch: pytest.MonkeyPatch, call: object) -> tuple[tuple[Tensor, .
     assert callable(call)
     compiled = call()
     with monkeypatch.context() as patch:
-        patch.setattr(native, "available", lambda *tensors: False)
+        patch.setattr(native, "available", lambda *tensors, **options: False)
         eager = call()
     return compiled, eager
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A short source in the place of native.cpp, and an empty cache."""
+    path = tmp_path / "native.cpp"
+    path.write_text("int number = 1;\n")
+    monkeypatch.setattr(native, "SOURCE", path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return path
 
 
 @pytest.mark.parametrize("activation", [None, "relu2", "silu"])
@@ -95,6 +110,46 @@ def test_weights(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -
     assert torch.equal(compiled[1], eager[1])
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 1), (1, 9001), (7, 32), (0, 32)])
+def test_codes_and_bytes(in_torch: pytest.MonkeyPatch, descending: bool, blocks: int, width: int) -> None:
+    codes = torch.randint(-1, 2, (blocks, 4, width), dtype=torch.int8)
+    packed, expected = both(in_torch, lambda: (four_in_a_byte(codes, descending),))
+    assert torch.equal(packed[0], expected[0])
+    for unpacked in both(in_torch, lambda: (four_of_a_byte(packed[0], descending),)):
+        assert torch.equal(unpacked[0], codes)
+
+
+@pytest.mark.parametrize("place", [0, 2, 4, 6])
+def test_a_pair_of_bits_that_is_no_code_is_found(in_torch: pytest.MonkeyPatch, place: int) -> None:
+    packed = torch.full((2, 5000), 0b10_01_00_10, dtype=torch.uint8)
+    packed[1, 4999] |= 3 << place
+    for available in (native.available, lambda *tensors, **options: False):
+        in_torch.setattr(native, "available", available)
+        with pytest.raises(ValueError, match="got 3"):
+            four_of_a_byte(packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 64, 255, 1001])
+def test_the_sum_of_a_row_depends_on_no_other_row(
+    in_torch: pytest.MonkeyPatch, dtype: torch.dtype, columns: int
+) -> None:
+    """Nor on where it lies in memory: shards, also empty ones, have the sums of the whole matrix to the last bit."""
+    weight = torch.randn(23, columns).to(dtype)
+    parts = [part.clone() for part in (*weight.split(5), weight[:0])]
+    for sums, of_parts in both(in_torch, lambda: (row_sums(weight), torch.cat([row_sums(part) for part in parts]))):
+        assert torch.equal(of_parts, sums)
+        assert torch.allclose(sums, weight.double().abs().sum(dim=1), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.gpu
+def test_sums_of_rows_are_the_same_on_a_gpu(in_torch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(300, 1001)
+    _, eager = both(in_torch, lambda: (row_sums(weight),))
+    assert torch.equal(row_sums(weight.cuda()).cpu(), eager[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_likelihood(in_torch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     logits, labels = (torch.randn(9, 77) * 10).to(dtype), torch.randint(77, (9,))
@@ -123,16 +178,24 @@ def test_any_gain_and_any_default_dtype(in_torch: pytest.MonkeyPatch) -> None:
         assert torch.equal(got, want)
 
 
-def test_a_library_of_somebody_else_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_library_of_somebody_else_is_not_loaded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
-        native._compiled("c++")
+        native._compiled(["c++"])
 
 
 def test_labels_outside_of_the_head_are_refused() -> None:
     with pytest.raises(IndexError, match=r"labels are in \[0, 5\], the head has 5 rows"):
         native.log_likelihood(torch.randn(2, 5), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_likelihood_of_what_is_not_finite_is_that_of_torch(in_torch: pytest.MonkeyPatch, value: float) -> None:
+    logits, labels = torch.randn(3, 40), torch.tensor([0, 5, 39])
+    logits[0, 7] = logits[1, 5] = value
+    logits[2] = value
+    for got, want in zip(*both(in_torch, lambda: tokens._log_likelihood(logits, labels)), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_exp_over_its_whole_range() -> None:
@@ -169,15 +232,48 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_one_library_per_source_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native._compiled("c++")
-    assert native._compiled("c++") == first
+def test_threads_that_ask_at_once_compile_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Path] = []
+
+    def compile(compiler: list[str]) -> Path:
+        compiled.append(original(compiler))
+        return compiled[-1]
+
+    original = native._compiled
+    monkeypatch.setattr(native, "_compiled", compile)
+    native._load.cache_clear()
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert len({library._name for library in pool.map(lambda _: native.library(), range(3)) if library}) == 1
+    finally:
+        native._load.cache_clear()
+    assert len(compiled) == 1
+
+
+def test_a_forked_process_computes() -> None:
+    weight, before = torch.randn(1 << 20), torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected = native.absolute_sums(weight, 1 << 17)  # OpenMP has its threads now, and a fork takes none along
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        os._exit(not torch.equal(native.absolute_sums(weight, 1 << 17), expected))
+    torch.set_num_threads(before)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_compiler_may_be_a_command_of_several_words(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LANG=C c++")
+    assert native._compiled(native._compiler()).is_file()
+
+
+def test_one_library_per_source_and_compiler(source: Path, tmp_path: Path) -> None:
+    first = native._compiled(["c++"])
+    assert native._compiled(["c++"]) == first
     assert [path.name for path in (tmp_path / "bitnet_train").iterdir()] == [first.name]
-    changed = tmp_path / "native.cpp"
-    changed.write_text(native.SOURCE.read_text() + "\n// changed\n")
-    monkeypatch.setattr(native, "SOURCE", changed)
-    assert native._compiled("c++") != first
+    source.write_text("int number = 2;\n")
+    assert native._compiled(["c++"]) != first
 
 
 @pytest.mark.parametrize("environment", [{"CXX": "/bin/false"}, {"BITNET_TRAIN_NATIVE": "0"}])
@@ -187,11 +283,11 @@ def test_without_a_working_compiler_torch_computes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    native.library.cache_clear()
+    native._load.cache_clear()
     try:
         assert native.library() is None
         assert not native.available(torch.randn(2, 2))
         assert fused.quantize(torch.ones(2, 3), None, None)[0].eq(127).all()
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        native._load.cache_clear()

@@ -58,6 +58,15 @@ def test_each_log_probability_has_its_own_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_in_the_backward_pass_changes_nothing() -> None:
+    hidden, weight, labels = problem()
+    logps = token_logps(hidden, weight, labels)
+    expected = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(torch.autograd.grad(logps.sum(), (hidden, weight)), expected, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_the_gradient_is_there_once() -> None:
     hidden, weight, labels = problem()
     loss = cross_entropy_sum(hidden, weight, labels)

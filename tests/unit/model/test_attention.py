@@ -11,18 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetDecoderLayer, BitNetForCausalLM
 from bitnet_train.model.rope import rotation
+from tests.support import TINY
 
 EPS, SEQ, DROPOUT = 1e8, 16, 0.25
-CONFIG = BitNetConfig(
-    vocab_size=97,
+CONFIG = dataclasses.replace(
+    TINY,
     hidden_size=64,
-    intermediate_size=96,
     num_hidden_layers=1,
     num_attention_heads=8,
-    num_key_value_heads=2,
     rms_norm_eps=EPS,
     attention_bias=True,
     attention_dropout=DROPOUT,

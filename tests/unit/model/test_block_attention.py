@@ -52,6 +52,17 @@ def test_one_row_of_starts_serves_every_row() -> None:
     assert torch.equal(block_attention(q, k, v, starts), block_attention(q, k, v, starts.expand(3, -1)))
 
 
+def test_autocast_in_either_direction_changes_nothing() -> None:
+    q, k, v = inputs = [heads(2, 20, 8, torch.float32) for _ in range(3)]
+    starts, grad = torch.zeros(3, 20, dtype=torch.int64), torch.randn(3, 2, 20, 8)
+    expected = torch.autograd.grad(block_attention(q, k, v, starts), inputs, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(
+            torch.autograd.grad(block_attention(q, k, v, starts), inputs, grad), expected, strict=True
+        ):
+            assert torch.equal(got, want)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = (heads(2, 20, 8, torch.float32) for _ in range(3))
     output = block_attention(q * 1e4, k * 1e4, v, torch.zeros(3, 20, dtype=torch.int64))

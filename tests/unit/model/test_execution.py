@@ -1,6 +1,7 @@
 """What only says how to compute changes no number beyond rounding, and does what it says."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,12 @@ from bitnet_train import fused
 from bitnet_train.errors import UserError
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.bitlinear import BitLinear, forget_codes
-from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.execution import Execution
 from bitnet_train.quant import quantize_weight
+from tests.support import TINY
 
-CONFIG = BitNetConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+CONFIG = replace(TINY, vocab_size=64, hidden_size=32, intermediate_size=64)
 IDS = torch.arange(80).view(2, 40) * 7 % 64
 DOCUMENTS = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.soak import compare
+from soak import compare
 
 CHECKS = ["same model bytes", "no step missing or twice", "same events", "no file left over"]
 

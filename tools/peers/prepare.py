@@ -26,9 +26,9 @@ _HELD_OUT_ROWS = 24
 
 # The recipes' schedules and the summed loss of SFT have no counterpart in TRL: a constant rate and the mean have.
 _WORDS = {
-    "pretrain": ("schedule=constant", "~schedule.second_lr"),
-    "sft": ("schedule=constant", "~schedule.end_lr", "stage.reduction=mean"),
-    "dpo": ("schedule=constant", "~schedule.end_lr"),
+    "pretrain": ("schedule=constant",),
+    "sft": ("schedule=constant", "stage.reduction=mean"),
+    "dpo": ("schedule=constant",),
 }
 _RATES = {"pretrain": 4e-4, "sft": 5e-4, "dpo": 5e-5}
 

@@ -12,8 +12,8 @@ help: ## show this list
 quickstart: $(VENV)/quickstart.stamp ## train, fine-tune, align, export and sample a small model under runs/quickstart
 	$(BIN)/python tools/quickstart.py
 
-test: lint ## lint, then run all tests
-	$(BIN)/python -m pytest
+test: lint ## lint, then run all tests: a file at a time on every core, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/test.stamp ## check style, types and layers
 	$(BIN)/ruff check

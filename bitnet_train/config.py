@@ -3,6 +3,8 @@
 recipes/NAME.yaml   is registered in Hydra's ConfigStore (group "recipe", package _global_) before Hydra runs, because
                     Hydra names a group after its folder and would look for conf/recipe/. This works the same in a
                     checkout, in an installed wheel and in sweeps, and a user's own recipes still come by --config-dir.
+schedule: {...}     of a recipe is stored once for each schedule, with the rates that this schedule has (group
+                    "recipe_schedule"), so that `schedule=constant` keeps a recipe's peak_lr and leaves its end_lr out.
 _target_: a.b.C     names a frozen dataclass; `build` merges the node into its fields, so that unknown keys and wrong
                     types are errors before anything runs, and the ranges are checked by the class itself.
 """
@@ -11,6 +13,7 @@ import difflib
 import importlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -42,14 +45,29 @@ def recipe_names() -> list[str]:
 
 def register() -> None:
     """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
+    store = ConfigStore.instance().store
     for path in RECIPES_DIR.glob("*.yaml"):
-        ConfigStore.instance().store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
-    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+        recipe = OmegaConf.load(path)
+        assert isinstance(recipe, DictConfig)
+        for shape, rates in _by_shape(recipe.pop("schedule", {})).items():
+            store(group="recipe_schedule", name=f"{path.stem}-{shape}", node=rates, package="schedule")
+        store(group="recipe", name=path.stem, node=recipe, package="_global_")
+    OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+
+
+def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
+    """For every schedule what it takes of a recipe's rates: all but what other schedules have and it has not."""
+    keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
+    foreign = {shape: set().union(*keys.values()) - own for shape, own in keys.items()}
+    return {shape: {key: rates[key] for key in rates if key not in foreign[shape]} for shape in keys}
 
 
 def run_id() -> str:
-    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start."""
-    return os.environ.get("SLURM_JOB_ID", _START)
+    """Names a run: the SLURM job, so that a requeued job finds its folder again, or the time of the start.
+
+    Ranks that torchrun started are named after their common launch: each has a time of its own.
+    """
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or _START
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class RunConfig:
     run_dir: str
     init_from: str | None
     resume: str
+    resume_allow: list[str]
     seed: int
     max_steps: int | None
     max_tokens: int | None
@@ -69,9 +88,13 @@ class RunConfig:
     quantization_warmup_steps: int
     checkpoint_every: int
     keep_last: int
+    keep_best: int
+    skip_nonfinite: int
     log_every: int
     health_every: int
     val_every: int
+    rank_timeout: float
+    objective: str
     dry_run: bool
 
     def __post_init__(self) -> None:
@@ -86,6 +109,12 @@ class RunConfig:
             raise UserError(f"quantization_warmup_steps must be at least 0, got {self.quantization_warmup_steps}")
         if self.keep_last < 0:
             raise UserError(f"keep_last must be at least 0 (0 keeps all), got {self.keep_last}")
+        if self.keep_best < 0:
+            raise UserError(f"keep_best must be at least 0 (0 looks at no loss), got {self.keep_best}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0 (0 stops at once), got {self.skip_nonfinite}")
+        if not self.rank_timeout > 0:
+            raise UserError(f"rank_timeout must be above 0 seconds, got {self.rank_timeout}")
         if self.health_every < 0:
             raise UserError(f"health_every must be at least 0 (0 measures nothing), got {self.health_every}")
 

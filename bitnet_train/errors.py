@@ -1,9 +1,11 @@
 """What a user got wrong, said in one line.
 
 A command ends with exit code 0 (done), 2 (the user's configuration or data is wrong: one line, no traceback) or
-anything else (a failure of ours: the traceback). `UserError` is how any part of the package asks for code 2.
+anything else (a failure: the traceback). `UserError` is how any part of the package asks for code 2, and `RunFailed`
+how a run ends with code 1 where the cause is known and one line says it.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,10 +19,26 @@ class UserError(ValueError):
     """A wrong configuration, file or row; the message names it, the rule, the value and the remedy."""
 
 
+class RunFailed(RuntimeError):
+    """A run cannot go on, for a cause that lies outside of the code; the message names the cause and the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a wrong option as every other wrong input: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def report(error: UserError) -> None:
+    """The one line, on standard error."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command-line entry point and turns its outcome into an exit code (see the module's text)."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         sys.exit(EXIT_USER_ERROR)

@@ -75,7 +75,12 @@ class OptimizerConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(OptimizerConfig):
-    """torch.optim.AdamW, fused (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101)."""
+    """torch.optim.AdamW, fused (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101).
+
+    Attributes:
+        betas: decay of AdamW's two moments.
+        eps: added to the root of AdamW's second moment.
+    """
 
     betas: tuple[float, float]
     eps: float
@@ -99,7 +104,8 @@ class AdamW(OptimizerConfig):
 class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with both moments in int8, one scale per 256 values (Dettmers et al., arXiv 2110.02861).
 
-    Parameters of fewer than `min_8bit_size` values, norm gains above all, keep float32 moments.
+    Attributes:
+        min_8bit_size: parameters of fewer values, norm gains above all, keep float32 moments.
     """
 
     min_8bit_size: int = 4096

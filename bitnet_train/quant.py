@@ -45,19 +45,41 @@ class Int8Activation(NamedTuple):
     scale: Tensor
 
 
+def row_sums(weight: Tensor) -> Tensor:
+    """sum |w| of every row, float64 `(rows,)`, of a weight `(rows, ...)`; one of fewer dimensions is a single row.
+
+    No row's sum depends on the others: where rows lie on several processes, their sums are those of the whole matrix.
+    """
+    rows = weight.detach()
+    rows = rows.reshape(len(rows), rows[:1].numel()) if rows.ndim > 1 else rows.reshape(1, -1)
+    if native.available(rows) and rows.is_contiguous() and rows.numel():
+        return native.absolute_sums(rows, rows.shape[1])
+    step = max(1, _CPU_BLOCK // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
+    return torch.cat([_folded_sums(block) for block in rows.split(step)])
+
+
+def _folded_sums(rows: Tensor) -> Tensor:
+    """Adds the right half of every row to its left half until one is left: one order on every device."""
+    sums = rows.double().abs_()
+    while (columns := sums.shape[1]) > 1:
+        half = (columns + 1) // 2
+        sums[:, : columns - half] += sums[:, half:]
+        sums = sums[:, :half]
+    return sums[:, 0]
+
+
+def absmean_of(row_sums: Tensor, count: int) -> Tensor:
+    """g of a matrix of `count` weights with these sums of rows, float32, shape ()."""
+    return (row_sums.sum() / count).float().clamp(min=WEIGHT_EPS)
+
+
 def absmean(weight: Tensor) -> Tensor:
     """g = max(mean |W|, 1e-5), float32, shape ().
 
-    The sum runs in float64: float32 sums depend on the device and on the number of threads, and one unit in the last
-    place of g moves the threshold of every code. NaN and inf go through.
+    The sum runs in float64, row by row: float32 sums depend on the device and on the number of threads, and one unit in
+    the last place of g moves the threshold of every code. NaN and inf go through.
     """
-    flat = weight.detach().reshape(-1).contiguous()
-    if native.available(flat):
-        total = native.absolute_sums(flat, _CPU_BLOCK).sum()
-    else:
-        blocks = flat.split(_CPU_BLOCK) if flat.device.type == "cpu" else (flat,)
-        total = torch.stack([block.double().abs_().sum() for block in blocks]).sum()
-    return (total / flat.numel()).float().clamp(min=WEIGHT_EPS)
+    return absmean_of(row_sums(weight), weight.numel())
 
 
 def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
@@ -73,9 +95,12 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.gt(weight, half).view(torch.int8) - torch.lt(weight, -half).view(torch.int8)
 
 
-def quantize_weight(weight: Tensor) -> TernaryWeight:
-    """Ternary codes and scale of a master weight of any shape and floating dtype; the arithmetic is float32."""
-    scale = absmean(weight)
+def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> TernaryWeight:
+    """Ternary codes and scale of a master weight of any shape and floating dtype; the arithmetic is float32.
+
+    The scale is the `absmean`, unless it is known.
+    """
+    scale = absmean(weight) if scale is None else scale
     return TernaryWeight(ternary_codes(weight, scale), scale)
 
 

@@ -102,7 +102,11 @@ class Constant(_WarmUp):
 
 @dataclass(frozen=True, kw_only=True)
 class _Falling(_WarmUp):
-    """`end_lr` is reached at the last step."""
+    """What ends below its peak.
+
+    Attributes:
+        end_lr: learning rate at the last step.
+    """
 
     end_lr: float
 
@@ -125,7 +129,12 @@ class Cosine(_Falling):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay(_Falling):
-    """Warm-up, peak, and a decay over the last `decay_share` of what follows the warm-up; `decay` names its curve."""
+    """Warm-up, peak, and a decay.
+
+    Attributes:
+        decay_share: share of what follows the warm-up over which the rate decays, in (0, 1].
+        decay: linear or sqrt, the curve of the decay.
+    """
 
     decay_share: float
     decay: str
@@ -148,12 +157,18 @@ def _is_first_stage(step: int, total: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _TwoStage(_Falling):
-    """`second_lr` is the peak of the curve from T/2 on."""
+    """Two curves with a switch at T/2.
 
-    second_lr: float
+    Attributes:
+        second_lr: the peak that the curve of the second stage starts from; None: two thirds of the first (the FAQ).
+    """
+
+    second_lr: float | None = None
 
     def _peak(self, step: int, total: int) -> float:
-        return self.peak_lr if _is_first_stage(step, total) else self.second_lr
+        if _is_first_stage(step, total):
+            return self.peak_lr
+        return self.peak_lr * 2 / 3 if self.second_lr is None else self.second_lr
 
 
 @dataclass(frozen=True, kw_only=True)

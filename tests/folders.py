@@ -101,7 +101,7 @@ def write_master(
     return model
 
 
-def write_trained(folder: Path, fields: Mapping[str, int | str | bool]) -> list[str]:
+def write_trained(folder: Path, fields: Mapping[str, int | str | bool], steps: int = _STEPS) -> list[str]:
     """A folder of masters that know ten texts by heart, and the texts: the next token is decided, not nearly a tie."""
     model = write_master(folder, fields)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -109,7 +109,7 @@ def write_trained(folder: Path, fields: Mapping[str, int | str | bool]) -> list[
     rows = [[tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
     ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

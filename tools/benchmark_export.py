@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarking import resident_bytes
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.export.cli import run as export_command
@@ -125,19 +126,13 @@ def run_way(name: str, source: Path, target: Path) -> Figure:
     seconds = time.perf_counter() - start
     written = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     read = (source / WEIGHTS).stat().st_size
-    return Figure(name, seconds, (read + written) / seconds / 1e9, _peak_bytes() / 1e9)
+    return Figure(name, seconds, (read + written) / seconds / 1e9, resident_bytes() / 1e9)
 
 
 def _drop_from_cache(path: Path) -> None:
     fsync(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _peak_bytes() -> int:
-    """VmHWM; ru_maxrss would begin with the resident set of the parent process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _in_a_process(name: str, source: Path, folder: Path) -> Figure:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarking import synchronize
 from bitnet_train.data.batches import TokenBatch
 from bitnet_train.errors import run_command
 from bitnet_train.formats.atomic import atomic_file
@@ -50,8 +51,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
     """How long one call takes."""
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarking import Spread, ratios, resident_bytes, synchronize
 from bitnet_train.losses.tokens import cross_entropy_sum, token_logps
 from bitnet_train.memory import keep_freed_memory
 
@@ -67,23 +68,13 @@ class Problem:
     def seconds(self, loss: Loss) -> float:
         """Seconds of forward and backward."""
         self.hidden.grad = self.weight.grad = None
-        self._synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         with torch.autocast(self.device, dtype=torch.bfloat16):
             value = loss(self.hidden, self.weight, self.labels)
         value.backward()
-        self._synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def peak_bytes(name: str, vocab: int, hidden: int, tokens: int, device: str) -> int:
@@ -97,9 +88,9 @@ def peak_bytes(name: str, vocab: int, hidden: int, tokens: int, device: str) -> 
         problem.seconds(CONTESTANTS[name])
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     problem.seconds(CONTESTANTS[name])
-    return resident("VmHWM") - before
+    return resident_bytes() - before
 
 
 def main() -> None:
@@ -120,10 +111,10 @@ def main() -> None:
     print(f"vocabulary {shape[0]}, hidden {shape[1]}, {shape[2]} tokens, {device}, {torch.get_num_threads()} threads")
     print(f"{'':28}{'seconds':>9}{'of plain':>10}{'quartiles':>14}{'peak MB':>9}{'of plain':>10}")
     for name, peak in peaks.items():
-        ratios = [seconds[name] / seconds["plain"] for seconds in rounds[1:]]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        typical, spread = statistics.median(seconds[name] for seconds in rounds[1:]), f"{low:.2f}..{high:.2f}"
-        print(f"{name:28}{typical:9.2f}{middle:10.2f}{spread:>14}{peak / 1e6:9.0f}{peak / peaks['plain']:10.3f}")
+        own, plainly = ([seconds[which] for seconds in rounds[1:]] for which in (name, "plain"))
+        ratio, typical = Spread.of(ratios(own, plainly)), statistics.median(own)
+        spread = f"{ratio.low:.2f}..{ratio.high:.2f}"
+        print(f"{name:28}{typical:9.2f}{ratio.median:10.2f}{spread:>14}{peak / 1e6:9.0f}{peak / peaks['plain']:10.3f}")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,24 @@
 
 python tools/benchmark_quality.py [--only NAME ...] [--seeds N] [--steps N] [--json OUT] [key=value ...]
 
-    ternary    held-out nats per token of a BitNet, trained in two stages
-    dense      the same of its dense twin, with the same tokens
-    single     the same of a BitNet with one stage: the rate falls along one line, weight decay stays
-    sum, mean  held-out nats per answer token after SFT of the BitNet, with the summed loss or its mean
-    dpo        held-out share of pairs in which the chosen answer has the higher implicit reward, after DPO of `sum`
-    likelihood the same by likelihood alone, before DPO
+    ternary     held-out nats per token of a BitNet, trained in two stages
+    dense       the same of its dense twin, with the same tokens
+    single      the same of a BitNet with one stage: the rate falls along one line, weight decay stays
+    sum, mean   held-out nats per answer token after SFT of the BitNet, with the summed loss or its mean
+    likelihood  share of held-out pairs of answers in which `sum` gives the chosen one more likelihood
+    dpo         share in which it has the higher implicit reward, after DPO of `sum`
+    code        the same of pairs of bad and good code, after DPO of `sum` on those; `code likelihood` before,
+                `code trained` for the training pairs of the last steps
 
 A figure is the mean over the seeds with its standard deviation; a difference is taken seed by seed. Overrides go to
-every pre-training run, such as model.hidden_size=768 model.num_hidden_layers=12. Runs that are done are not repeated.
+every pre-training run, such as model.hidden_size=768 model.num_hidden_layers=12. A run that is done is not repeated:
+started again, the tool goes on, and OUT/figures.jsonl gains a line for every figure.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,79 +28,113 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+import bitnet_train.training.run  # noqa: F401  (imported once, for all the runs that are forked from this process)
+from bitnet_train import cli
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
 
 DATA = Path("runs/quickstart/data")
-PRETRAIN = {
-    "ternary": [],
-    "dense": ["model.quantize=false"],
-    "single": ["schedule=wsd", "schedule.decay_share=1.0", "~schedule.second_lr"],
+QUIETLY = ("checkpoint_every=100000", "health_every=0", "val_every=100000")
+CODE = [f"data.train={DATA}/code/train.jsonl", f"data.val={DATA}/code/heldout.jsonl"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: a quickstart recipe, the run that it starts from, its steps as a share of pre-training's."""
+
+    recipe: str
+    start: str | None
+    share: float
+    overrides: Sequence[str] = ()
+
+
+RUNS = {
+    "ternary": Run("pretrain", None, 1.0),
+    "dense": Run("pretrain", None, 1.0, ["model.quantize=false"]),
+    "single": Run("pretrain", None, 1.0, ["schedule=wsd", "schedule.decay_share=1.0"]),
+    "sum": Run("sft", "ternary", 0.5, ["stage.reduction=sum", "optimizer.grad_clip_per_token=true"]),
+    "mean": Run("sft", "ternary", 0.5, ["stage.reduction=mean"]),
+    "dpo": Run("dpo", "sum", 0.1),
+    "code": Run("dpo", "sum", 0.32, CODE),
 }
-SFT = {
-    "sum": ["stage.reduction=sum", "optimizer.grad_clip_per_token=true"],
-    "mean": ["stage.reduction=mean"],
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A validation figure of a run: the first, taken before its first step (`which` 0), or the last (-1)."""
+
+    run: str
+    metric: str
+    which: int = -1
+
+
+FIGURES = {
+    **{name: Figure(name, "val/loss") for name in ("ternary", "dense", "single", "sum", "mean")},
+    "likelihood": Figure("dpo", "val/logps/accuracies", 0),
+    "dpo": Figure("dpo", "val/rewards/accuracies"),
+    "code likelihood": Figure("code", "val/logps/accuracies", 0),
+    "code": Figure("code", "val/rewards/accuracies"),
+    "code trained": Figure("code", "train/rewards/accuracies"),
 }
-DIFFERENCES = (("ternary", "dense"), ("ternary", "single"), ("sum", "mean"), ("dpo", "likelihood"))
+DIFFERENCES = (
+    ("ternary", "dense"),
+    ("ternary", "single"),
+    ("sum", "mean"),
+    ("dpo", "likelihood"),
+    ("code", "code likelihood"),
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is run: seeds 0 to `seeds` - 1, `steps` of pre-training, half of that of SFT, and a tenth of DPO."""
+    """Where runs go, the steps of pre-training, and its overrides."""
 
     out: Path
-    seeds: int
     steps: int
     overrides: Sequence[str]
 
-    def run(self, name: str, seed: int, *words: str) -> Path:
-        """Trains unless it is done; the run directory."""
-        run_dir = self.out / f"{name}-{seed}"
-        if not (run_dir / "model").is_dir():
-            common = [
-                f"run_dir={run_dir}",
-                f"seed={seed}",
-                "checkpoint_every=100000",
-                "health_every=0",
-                "val_every=100000",
-            ]
-            command = [sys.executable, "-m", "bitnet_train", *words, *common]
-            print("$", *command[1:], flush=True)
-            if code := subprocess.run(command, check=False).returncode:
-                sys.exit(code)
-        return run_dir
 
-    def pretrained(self, name: str, seed: int) -> Path:
-        """A run of the first stage."""
-        words = ["+recipe=quickstart-pretrain", f"max_steps={self.steps}", f"schedule.warmup_steps={self.steps // 6}"]
-        return self.run(name, seed, *words, *PRETRAIN[name], *self.overrides)
-
-    def tuned(self, name: str, seed: int) -> Path:
-        """SFT of the ternary model."""
-        words = ["+recipe=quickstart-sft", f"init_from={self.pretrained('ternary', seed)}"]
-        return self.run(name, seed, *words, f"max_steps={max(1, self.steps // 2)}", *SFT[name])
-
-    def aligned(self, seed: int) -> Path:
-        """DPO of what the summed SFT left."""
-        words = ["+recipe=quickstart-dpo", f"init_from={self.tuned('sum', seed)}"]
-        return self.run("dpo", seed, *words, f"max_steps={max(1, self.steps // 10)}")
+def run_dir(options: Options, name: str, seed: int) -> Path:
+    """Trains unless it is done, after what the run starts from; the run directory."""
+    folder, run = options.out / f"{name}-{seed}", RUNS[name]
+    if (folder / "model").is_dir():
+        return folder
+    words = [
+        f"+recipe=quickstart-{run.recipe}",
+        f"max_steps={max(1, round(run.share * options.steps))}",
+        *run.overrides,
+    ]
+    if run.start is None:
+        words += [f"schedule.warmup_steps={options.steps // 6}", *options.overrides]
+    else:
+        words += [f"init_from={run_dir(options, run.start, seed)}"]
+    train([*words, f"run_dir={folder}", f"seed={seed}", *QUIETLY])
+    return folder
 
 
-def validation(run_dir: Path, name: str, which: int) -> float:
-    """A validation figure: the first (which 0) or the last (-1)."""
-    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return float([event[name] for event in events if name in event][which])
+def train(words: Sequence[str]) -> None:
+    """`python -m bitnet_train WORDS` in a process of its own; ends this one where that fails."""
+    print("$ python -m bitnet_train", *words, flush=True)
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(words,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
 
 
-def figure(options: Options, name: str, seed: int) -> float:
-    """A figure of the module's text, for one seed."""
-    if name in PRETRAIN:
-        return validation(options.pretrained(name, seed), "val/loss", -1)
-    if name in SFT:
-        return validation(options.tuned(name, seed), "val/loss", -1)
-    if name == "dpo":
-        return validation(options.aligned(seed), "val/rewards/accuracies", -1)
-    return validation(options.aligned(seed), "val/logps/accuracies", 0)
+def _train(words: Sequence[str]) -> None:
+    sys.argv[1:] = words
+    cli.main()
+
+
+def value(options: Options, name: str, seed: int) -> float:
+    """A figure of the module's text, for one seed; also added to figures.jsonl."""
+    figure = FIGURES[name]
+    lines = (run_dir(options, figure.run, seed) / "metrics.jsonl").read_text().splitlines()
+    found = [event[figure.metric] for event in map(json.loads, lines) if figure.metric in event][figure.which]
+    with (options.out / "figures.jsonl").open("a") as file:
+        file.write(json.dumps({"figure": name, "seed": seed, "value": found}) + "\n")
+    return float(found)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -105,14 +142,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def measure(options: Options, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The figures by name, and the differences of those that are measured."""
-    values = {name: [figure(options, name, seed) for seed in range(options.seeds)] for name in names}
-    results = {name: spread(of_seeds) for name, of_seeds in values.items()}
+def measure(options: Options, names: Sequence[str], seeds: int) -> dict[str, dict[str, float]]:
+    """The figures by name, and the differences of those that are measured; one seed after another."""
+    by_seed = [{name: value(options, name, seed) for name in names} for seed in range(seeds)]
+    results = {name: spread([values[name] for values in by_seed]) for name in names}
     for left, right in DIFFERENCES:
-        if left in values and right in values:
-            pairs = zip(values[left], values[right], strict=True)
-            results[f"{left} - {right}"] = spread([a - b for a, b in pairs])
+        if left in names and right in names:
+            results[f"{left} - {right}"] = spread([values[left] - values[right] for values in by_seed])
     return results
 
 
@@ -125,11 +161,11 @@ def show(results: dict[str, dict[str, float]], seeds: int) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    names = [*PRETRAIN, *SFT, "dpo", "likelihood"]
     parser = argparse.ArgumentParser(description="Quality of small BitNets and their variants, over several seeds.")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    names = ", ".join(FIGURES)
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=names)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=120, help="steps of pre-training; SFT has half, DPO a tenth")
+    parser.add_argument("--steps", type=int, default=120, help="of pre-training; SFT has half, DPO a tenth")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_quality"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every pre-training run")
@@ -143,12 +179,12 @@ def main() -> None:
         raise UserError(f"--seeds must be at least 1 and --steps 6, got {arguments.seeds} and {arguments.steps}")
     if not DATA.is_dir():
         raise UserError(f"{DATA}: no data there; make it first: python tools/prepare_quickstart.py")
-    options = Options(arguments.out, arguments.seeds, arguments.steps, arguments.overrides)
-    results = measure(options, arguments.only)
-    show(results, options.seeds)
+    results = measure(Options(arguments.out, arguments.steps, arguments.overrides), arguments.only, arguments.seeds)
+    show(results, arguments.seeds)
     if arguments.json:
+        summary = {"steps": arguments.steps, "seeds": arguments.seeds, "results": results}
         with atomic_file(arguments.json) as file:
-            file.write_text(json.dumps({"steps": options.steps, "seeds": options.seeds, "results": results}, indent=2))
+            file.write_text(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,19 @@ round against the dense twin (bf16 autocast, plain Linear) and reported as media
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarking import Spread, context_line, ratios, synchronize, unavailable, write_results
+from bitnet_train.errors import UserError, run_command
 from bitnet_train.kernels import native
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.memory import keep_freed_memory
@@ -181,12 +183,6 @@ class Trainer:
         return sum(kept.values())
 
 
-def synchronize(device: str) -> None:
-    """Waits for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) -> float:
     """Seconds of the dense twin's products of linear layers: forward, for the input, for the weight."""
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -213,14 +209,24 @@ def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) 
     return config.num_hidden_layers * statistics.median(times[1:])
 
 
-def runnable(name: str, device: str) -> bool:
-    """Whether a contestant can run here."""
-    contestant = CONTESTANTS[name]
-    installed = contestant.needs is None or importlib.util.find_spec(contestant.needs) is not None
-    return installed and (device == "cuda" or not contestant.cuda_only)
+@dataclass(frozen=True)
+class Figures:
+    """What one contestant took for one shape: seconds of every round, bytes kept per token."""
+
+    seconds: list[float]
+    kept: float
 
 
-def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> None:
+def runnable(device: str) -> list[str]:
+    """The contestants that can run here; says of the others why not."""
+    reasons = {name: unavailable(one.needs, one.cuda_only, device) for name, one in CONTESTANTS.items()}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name}: not available: {reason}", file=sys.stderr)
+    return [name for name, reason in reasons.items() if not reason]
+
+
+def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> dict[str, Figures]:
     """Measures one shape and prints its table."""
     hidden, layers = map(int, shape.split("x"))
     heads, kv_heads, inner = HEADS[hidden]
@@ -234,11 +240,12 @@ def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> None:
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():
             times[name].append(trainer.step(ids))
-    kept = {name: per_token_bytes(trainer, ids) for name, trainer in trainers.items()}
-    print_table(shape, ids.numel(), times, kept)
+    figures = {name: Figures(times[name], per_token_bytes(trainer, ids)) for name, trainer in trainers.items()}
+    print_table(shape, ids.numel(), figures)
     products = matrix_seconds(config, ids.numel(), device, arguments.rounds)
     share = products / statistics.median(times["dense"])
     print(f"matrix share of the dense step {share:.2f}, limit {1 / (1 - share / 6):.2f}\n", flush=True)
+    return figures
 
 
 def per_token_bytes(trainer: Trainer, ids: Tensor) -> float:
@@ -247,16 +254,16 @@ def per_token_bytes(trainer: Trainer, ids: Tensor) -> float:
     return (trainer.kept_bytes(torch.cat((row, row))) - trainer.kept_bytes(row)) / row.numel()
 
 
-def print_table(shape: str, tokens: int, times: dict[str, list[float]], kept: dict[str, float]) -> None:
+def print_table(shape: str, tokens: int, figures: dict[str, Figures]) -> None:
     """One line per contestant."""
-    print(f"{shape}, {tokens} tokens a step, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    dense = figures["dense"]
+    print(f"{shape}, {tokens} tokens a step")
     print(f"{'':28}{'tokens/s':>10}{'ratio':>8}{'quartiles':>14}{'kB/token':>10}{'ratio':>8}")
-    for name, seconds in times.items():
-        ratios = [dense / own for dense, own in zip(times["dense"], seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rate = tokens / statistics.median(seconds)
-        spread, memory = f"{low:.2f}..{high:.2f}", kept[name] / 1e3
-        print(f"{name:28}{rate:10.0f}{middle:8.2f}{spread:>14}{memory:10.1f}{kept[name] / kept['dense']:8.2f}")
+    for name, own in figures.items():
+        ratio = Spread.of(ratios(dense.seconds, own.seconds))
+        rate, quartiles = tokens / statistics.median(own.seconds), f"{ratio.low:.2f}..{ratio.high:.2f}"
+        memory = f"{own.kept / 1e3:10.1f}{own.kept / dense.kept:8.2f}"
+        print(f"{name:28}{rate:10.0f}{ratio.median:8.2f}{quartiles:>14}{memory}")
 
 
 def main() -> None:
@@ -268,13 +275,18 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096, help="vocabulary of the (dense) embedding and head")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that can run here")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments.contestants = arguments.contestants or [name for name in CONTESTANTS if runnable(name, device)]
+    arguments.contestants = arguments.contestants or runnable(device)
+    if "dense" not in arguments.contestants:
+        raise UserError("--contestants must hold dense, the one that the others are compared with")
     keep_freed_memory()
-    for shape in arguments.shapes:
-        benchmark(shape, arguments, device)
+    print(context_line(torch.get_num_threads()))
+    results = {shape: benchmark(shape, arguments, device) for shape in arguments.shapes}
+    if arguments.json:
+        write_results(arguments.json, {shape: {n: asdict(f) for n, f in of.items()} for shape, of in results.items()})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

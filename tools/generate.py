@@ -1,6 +1,6 @@
-"""See bitnet_train.generate."""
+"""See bitnet_train.generate.cli."""
 
-from bitnet_train.generate import main
+from bitnet_train.generate.cli import main
 
 if __name__ == "__main__":
     main()

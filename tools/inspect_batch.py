@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -19,13 +20,20 @@ from bitnet_train.errors import UserError, run_command
 from bitnet_train.model.pretrained import source_folder
 
 
-def data_of(overrides: list[str]) -> tuple[DataModule, Tokenizer]:
-    """The data of the run that the overrides describe, as training reads it."""
+def composed(overrides: list[str]) -> DictConfig:
+    """The configuration of the run that the overrides describe."""
     configuration.register()
     words = [f"+{word}" if word.startswith("recipe=") else word for word in overrides]
     try:
         with hydra.initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
-            config = hydra.compose("train", overrides=words)
+            return hydra.compose("train", overrides=words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error)) from None
+
+
+def data_of(config: DictConfig) -> tuple[DataModule, Tokenizer]:
+    """The data of a run, as training reads it."""
+    try:
         settings, data = configuration.run_config(config), configuration.build(config.data, "data")
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error)) from None
@@ -47,7 +55,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", help="as for python -m bitnet_train")
     parser.add_argument("--step", type=int, default=0, help="optimizer step (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
-    data, tokenizer = data_of(arguments.overrides)
+    data, tokenizer = data_of(composed(arguments.overrides))
     data.first_step, data.steps = arguments.step, arguments.step + 1
     rows = data.row_sets["train"]
     batch = rows.collate([rows[index] for index in next(iter(data.micro_batches(rank=0, ranks=1)))])

@@ -8,10 +8,12 @@
     pretrain/heldout.jsonl      topics that share no eight words in a row with anything in the three files above
     sft/{train,heldout}.jsonl   asked what a rule of ruff checks, or why that is bad, the rule's page answers
     dpo/{train,heldout}.jsonl   asked what a rule checks, "What it does" is chosen over "Why is this bad?"
+    code/{train,heldout}.jsonl  asked for code that passes a rule, the page's "Use instead" is chosen over its example
     tokenizer/                  byte-level BPE, trained on the training prose and conversations above
     summary.json                counts, bytes, tokens, and what xz -9 needs for the held-out text
 
-Texts that share eight words in a row stand on the same side of every split, and SFT and DPO hold out the same rules.
+Texts that share eight words in a row stand on the same side of every split, and SFT, DPO and code hold out the same
+rules. The recipes do not use code/: tools/benchmark_quality.py does, because bad and good code differ in a few tokens.
 All of it follows from the versions of Python and ruff and from the options; nothing is done where these are unchanged.
 """
 
@@ -66,6 +68,15 @@ WHY = (
     "Explain why the rule `{name}` exists.",
     "My linter reports `{name}`. Why should I care?",
 )
+CODE = (
+    "Write code that passes the ruff rule `{name}`.",
+    "Show me code that `{name}` accepts.",
+    "What does code look like that follows the rule `{name}`?",
+    "My linter reports `{name}`. What should the code be?",
+)
+_INSTEAD = re.compile(  # a block of code, "Use instead", and another block
+    r"^```\w*[^\n]*\n((?:(?!```).)*?)^```\s+Use instead[^\n]*:\s+^```\w*[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Preference:
-    """A row of dpo/."""
+    """A row of dpo/ or code/."""
 
     rule: str
     prompt: list[Message]
@@ -96,11 +107,12 @@ class Preference:
 
 @dataclass(frozen=True)
 class Page:
-    """What ruff says about one of its rules."""
+    """What ruff says about one of its rules; `code` holds pairs of bad code and what to use instead."""
 
     rule: str
     what: str
     why: str
+    code: tuple[tuple[str, str], ...]
 
 
 Record = Document | Chat | Preference
@@ -221,7 +233,8 @@ def pages() -> list[Page]:
 def _page(rule: str, explanation: str) -> Page:
     parts = re.split(r"^## (.+)\n", explanation, flags=re.MULTILINE)
     sections = {title: text.strip() for title, text in zip(parts[1::2], parts[2::2], strict=True)}
-    return Page(rule, sections.get("What it does", ""), sections.get("Why is this bad?", ""))
+    code = tuple((bad.strip(), good.strip()) for bad, good in _INSTEAD.findall(explanation))
+    return Page(rule, sections.get("What it does", ""), sections.get("Why is this bad?", ""), code)
 
 
 def chats(page: Page) -> list[Chat]:
@@ -235,6 +248,15 @@ def chats(page: Page) -> list[Chat]:
 def preference(page: Page) -> Preference:
     """Both answers are the page's; the question asks for the first."""
     return Preference(page.rule, [_ask(WHAT, page)], [_answer(page.what)], [_answer(page.why)])
+
+
+def code_preferences(page: Page) -> list[Preference]:
+    """The good code of every example over the bad."""
+    return [
+        Preference(page.rule, [_ask(CODE, page)], [_answer(good)], [_answer(bad)])
+        for bad, good in page.code
+        if bad != good
+    ]
 
 
 def _ask(questions: tuple[str, ...], page: Page) -> Message:
@@ -269,6 +291,8 @@ def build(folder: Path, vocab_size: int) -> dict[str, object]:
         here = [page for page in rules if (page.rule in held_rules) == (side == "heldout")]
         records[f"sft/{side}"] = [chat for page in here for chat in chats(page)]
         records[f"dpo/{side}"] = [preference(page) for page in here]
+        records[f"code/{side}"] = [pair for page in here for pair in code_preferences(page)]
+    records["code/train"] = without_passages_of(records["code/heldout"], records["code/train"])
     prose = [*texts["english"].values(), *texts["docstrings"].values()]
     said = [
         message["content"]
@@ -281,6 +305,17 @@ def build(folder: Path, vocab_size: int) -> dict[str, object]:
     tokenizer.save(folder / "tokenizer")
     files = {name: write(folder / f"{name}.jsonl", rows, tokenizer) for name, rows in records.items()}
     return {"files": files, "heldout_xz": xz_bits_per_byte(texts)}
+
+
+def without_passages_of(heldout: Iterable[Record], records: list[Record]) -> list[Record]:
+    """The pairs whose answers share no passage with held-out ones: rules repeat each other's examples."""
+    held = set().union(*map(_answered, heldout))
+    return [record for record in records if held.isdisjoint(_answered(record))]
+
+
+def _answered(record: Record) -> set[tuple[str, ...]]:
+    assert isinstance(record, Preference)
+    return passages(record.chosen[0]["content"]) | passages(record.rejected[0]["content"])
 
 
 def write(file: Path, records: list[Record], tokenizer: Tokenizer) -> dict[str, int]:

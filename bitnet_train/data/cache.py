@@ -22,16 +22,18 @@ import tokenizers
 from bitnet_train.data import workers
 from bitnet_train.data.digests import file_digest, fingerprint_of
 from bitnet_train.data.encoding import Encoder
+from bitnet_train.data.hub import hub_revision, is_hub_id
 from bitnet_train.data.progress import BuildProgress
 from bitnet_train.data.readers import format_of
-from bitnet_train.data.sources import Row, expand, hub_revision, is_hub_id, scan_rows
+from bitnet_train.data.sources import Row, expand, scan_rows
 from bitnet_train.data.store import Counts, StoreWriter, TokenStore, is_intact
 from bitnet_train.errors import UserError
 
 BAD_ROWS = ("error", "skip")
 _COMMIT_TOKENS = 1 << 24  # tokens between commits: what a kill can cost, some ten seconds of work
 _WORTH_WORKERS = 1 << 22  # bytes of sources from which processes of their own pay
-_CODE = ("readers", "sources", "preference", "chat", "tokenizer", "encoding", "store")  # modules that decide about ids
+# modules that decide about ids
+_CODE = ("readers", "hub", "sources", "preference", "chat", "tokenizer", "encoding", "store")
 
 
 def tokenized(

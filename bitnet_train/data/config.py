@@ -73,6 +73,11 @@ def _path_and_weight(entry: Any, field: str) -> tuple[str, float | None]:
     return str(entry["path"]), float(weight)
 
 
+def default_cache_dir() -> Path:
+    """bitnet_train in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
+
+
 @dataclass(frozen=True)
 class DataConfig(ABC):
     """What every kind of data is configured by.
@@ -110,9 +115,7 @@ class DataConfig(ABC):
     @property
     def cache_path(self) -> Path:
         """The folder of the cache."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
+        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
     def rows(self, entry: Any, tokenizer: Tokenizer, field: str = "data.train") -> Rows:
         """Reads, tokenizes and arranges what `sources_of` finds in the entry."""
@@ -162,7 +165,11 @@ class TextData(DataConfig):
 
 @dataclass(frozen=True)
 class _LongRows(DataConfig):
-    """Rows that are kept whole need a rule for those that do not fit: drop, truncate (at the end) or error."""
+    """Rows that are kept whole need a rule for those that do not fit.
+
+    Attributes:
+        long_rows: what becomes of rows longer than sequence_length: drop, truncate (at the end) or error.
+    """
 
     long_rows: str = "drop"
 
@@ -199,7 +206,11 @@ class _LongRows(DataConfig):
 
 @dataclass(frozen=True)
 class ChatData(_LongRows):
-    """Conversations for SFT, packed to rows, loss on what the assistant says (`train_on`: assistant, last or all)."""
+    """Conversations for SFT, packed to rows.
+
+    Attributes:
+        train_on: assistant: every answer carries loss; last: the last answer; all: everything.
+    """
 
     train_on: str = "assistant"
 
@@ -217,7 +228,11 @@ class ChatData(_LongRows):
 
 @dataclass(frozen=True)
 class PreferenceData(_LongRows):
-    """Pairs of completions of one prompt for DPO; `group_by_length` sorts them within every optimizer step."""
+    """Pairs of completions of one prompt for DPO.
+
+    Attributes:
+        group_by_length: sorts the pairs within every optimizer step: less padding, the same gradient.
+    """
 
     group_by_length: bool = True
 

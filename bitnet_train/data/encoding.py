@@ -16,7 +16,7 @@ import numpy as np
 
 from bitnet_train.data.chat import encode_chat, encode_pair
 from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import Row, located, messages_of, text_of
+from bitnet_train.data.sources import Row, located, messages_of, text_of, tools_of
 from bitnet_train.data.store import sequence
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
@@ -83,9 +83,9 @@ class ChatEncoder(_RowByRow):
 
     def sequences(self, row: Row) -> list[np.ndarray]:
         """One sequence."""
-        messages = messages_of(row)
+        messages, tools = messages_of(row), tools_of(row)
         with located(row):
-            ids, trained = encode_chat(messages, self.tokenizer, self.train_on)
+            ids, trained = encode_chat(messages, self.tokenizer, self.train_on, tools)
         return [sequence(ids, trained)]
 
 
@@ -95,9 +95,9 @@ class PairEncoder(_RowByRow):
 
     def sequences(self, row: Row) -> list[np.ndarray]:
         """Two sequences: prompt and chosen, prompt and rejected."""
-        pair = pair_of(row)
+        pair, tools = pair_of(row), tools_of(row)
         with located(row):
-            prompt, *completions = encode_pair(pair, self.tokenizer)
+            prompt, *completions = encode_pair(pair, self.tokenizer, tools)
         return [_completed(prompt, completion) for completion in completions]
 
 

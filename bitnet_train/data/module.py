@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from bitnet_train.data.config import ChatData, DataConfig, PreferenceData, Rows, Source, TextData, sources_of
-from bitnet_train.data.order import MicroBatches, sample_at
+from bitnet_train.data.order import MicroBatches, ValidationBatches, sample_at
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 
@@ -101,8 +101,16 @@ class DataModule(L.LightningDataModule):
         return self._loader(self.row_sets["train"], batch_sampler=order)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """A loader for each of `validation_names`, all rows in order."""
-        return [self._loader(self.row_sets[name], batch_size=self.micro_batch_size) for name in self.validation_names]
+        """A loader for each of `validation_names`: all rows in order, over all ranks."""
+        return [
+            self._loader(self.row_sets[name], batch_sampler=self.validation_batches(name))
+            for name in self.validation_names
+        ]
+
+    def validation_batches(self, name: str) -> ValidationBatches:
+        """What this rank reads of a validation set."""
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return ValidationBatches(len(self.row_sets[name]), self.micro_batch_size, rank, ranks)
 
     def _loader(self, rows: Rows, **how: Any) -> DataLoader[Any]:
         collate: Callable[[Sequence[Any]], Any] = rows.collate

@@ -82,9 +82,41 @@ class MicroBatches:
         lengths = self.lengths
         return found if lengths is None else sorted(found, key=lambda sample: -int(lengths[sample]))
 
+    def micro_batch(self, step: int, number: int) -> list[int]:
+        """The samples of this rank's micro-batch `number` of an optimizer step."""
+        start = (number * self.ranks + self.rank) * self.micro_batch_size
+        return self.samples(step)[start : start + self.micro_batch_size]
+
     def __iter__(self) -> Iterator[list[int]]:
         size = self.micro_batch_size
         for step in range(self.first_step, self.steps):
             samples = self.samples(step)
             for start in range(self.rank * size, self.global_batch_size, self.ranks * size):
                 yield samples[start : start + size]
+
+
+class ValidationBatches:
+    """Rows in their own order, dealt out to the ranks by micro-batches: a batch sampler.
+
+    Every rank gets the same number of batches, because the ranks of a sharded model work together on each. Where the
+    rows have come to an end, a batch repeats the first row and does not count.
+    """
+
+    def __init__(self, count: int, micro_batch_size: int, rank: int, ranks: int) -> None:
+        self.count, self.size, self.rank, self.ranks = count, micro_batch_size, rank, ranks
+
+    def __len__(self) -> int:
+        """Batches of every rank."""
+        return -(-self.count // (self.size * self.ranks))
+
+    def _start(self, index: int) -> int:
+        return (index * self.ranks + self.rank) * self.size
+
+    def counts(self, index: int) -> bool:
+        """Whether a batch of this rank holds rows that no other batch holds."""
+        return self._start(index) < self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in range(len(self)):
+            start = self._start(index)
+            yield list(range(start, min(start + self.size, self.count))) or [0]

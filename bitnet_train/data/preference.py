@@ -21,7 +21,7 @@ _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, which ends with a user message, and two different answers, one assistant message each."""
+    """A prompt, which ends with a user's or a tool's message, and two different answers, one assistant message each."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -33,7 +33,7 @@ def pair_of(row: Row) -> Pair:
 
     Raises:
         UserError: a field is missing, empty or no text; the answers are equal, or not one assistant message each; the
-            prompt does not end with a user message; NUL bytes or lone surrogates.
+            prompt does not end with a message of user or tool; NUL bytes or lone surrogates.
     """
     with located(row):
         for field in ("chosen", "rejected"):
@@ -104,10 +104,10 @@ def _checked(pair: Pair) -> Pair:
         if [message["role"] for message in answer] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer) or "nothing"
             raise UserError(f"{field} must be one assistant message after the shared prompt, got {roles}; drop the row")
-    if not pair.prompt or pair.prompt[-1]["role"] != "user":
+    if not pair.prompt or pair.prompt[-1]["role"] not in ("user", "tool"):
         raise UserError("the prompt must end with a user message; add it as the field prompt, or drop the row")
     return pair
 
 
-def _said(answer: Sequence[Message]) -> list[str]:
-    return [message["content"].strip() for message in answer]
+def _said(answer: Sequence[Message]) -> list[object]:
+    return [(message["content"].strip(), message.get("tool_calls")) for message in answer]

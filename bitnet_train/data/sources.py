@@ -6,27 +6,35 @@ What cannot be read, or is none of the known shapes, raises a UserError that nam
 """
 
 import glob
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
-from bitnet_train.data.readers import FORMATS, Fields, Numbered, format_of, is_readable, read_file, type_name
+from bitnet_train.data.hub import is_hub_id, read_hub
+from bitnet_train.data.readers import FORMATS, Fields, format_of, is_readable, read_file, type_name
 from bitnet_train.errors import UserError
 
-_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 _METADATA = {"dataset_dict.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside its .arrow files
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"},  # ShareGPT
+}
+_FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Message(TypedDict):
-    """One turn of a conversation; role is system, user or assistant."""
+    """One turn of a conversation; role is system, user, assistant or tool. A message with tool_calls may be empty."""
 
     role: str
     content: str
+    tool_calls: NotRequired[list[object]]  # of an assistant, as transformers' templates know them
+    name: NotRequired[str]  # of a tool's answer
+    tool_call_id: NotRequired[str]  # likewise
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def scan_rows(files: Sequence[str], on_read: Callable[[int], object] = int) -> I
 
 def _rows_of(file: str, on_read: Callable[[int], object]) -> Iterator[Row | BadRow]:
     empty = True
-    for number, content in _read_hub(file) if is_hub_id(file) else read_file(file, on_read):
+    for number, content in read_hub(file) if is_hub_id(file) else read_file(file, on_read):
         empty = False
         if isinstance(content, UserError):
             yield BadRow(UserError(f"{file}:{number}: {content}"))
@@ -137,46 +145,6 @@ def _is_data(file: Path, folder: Path) -> bool:
     return is_readable(file.name) and not hidden and file.name not in _METADATA and file.is_file()
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is no local path but reads like owner/name[:config][@split]."""
-    return bool(_HUB_ID.fullmatch(name)) and not is_readable(name) and not Path(name).exists()
-
-
-def hub_revision(name: str) -> str:
-    """The commit of a data set on the hub: with its id it names the rows.
-
-    Raises:
-        UserError: the hub does not answer or knows no such data set.
-    """
-    import datasets
-
-    with _hub(name) as id_:
-        return str(datasets.load_dataset_builder(id_["name"], id_["config"]).hash)
-
-
-def _read_hub(name: str) -> Numbered:
-    """Streams a data set of the hub; none that brings code of its own (`datasets` >= 4 runs none)."""
-    import datasets
-
-    with _hub(name) as id_:
-        rows = datasets.load_dataset(id_["name"], id_["config"], split=id_["split"] or "train", streaming=True)
-        yield from enumerate(map(dict, rows), start=1)
-
-
-@contextmanager
-def _hub(name: str) -> Iterator[re.Match[str]]:
-    """The parts of a hub id; what goes wrong with the hub becomes a UserError."""
-    match = _HUB_ID.fullmatch(name)
-    assert match is not None
-    try:
-        yield match
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{name}: no such local path, and the hub gave no data ({type(error).__name__}: {error}); "
-            "check the path, or write a hub id as owner/name:config@split"
-        ) from None
-
-
 def text_of(row: Row) -> str:
     """The document of a row: its field "text". It may be empty, as in data sets that mark gaps by empty rows.
 
@@ -195,11 +163,12 @@ def messages_of(row: Row) -> list[Message]:
         {"messages": [{"role", "content"}]}      {"conversations": [{"from", "value"}]} (ShareGPT)
         {"instruction", "input", "output"}       {"prompt", "completion"}, strings or message lists
 
-    A field "system" beside any of them comes first. Roles: system, user (human), assistant (gpt).
+    A field "system" beside any of them comes first. Roles: system, user (human), assistant (gpt, function_call), tool
+    (observation).
 
     Raises:
         UserError: no known shape; empty, null or non-text content; an unknown role; a system message that is not first;
-            no assistant message; NUL bytes or lone surrogates.
+            turns out of order; no assistant message; NUL bytes or lone surrogates.
     """
     with located(row):
         messages = with_system(row.fields, _conversation(row.fields))
@@ -207,6 +176,24 @@ def messages_of(row: Row) -> list[Message]:
         if all(message["role"] != "assistant" for message in messages):
             raise UserError("the conversation has no assistant message, so there is nothing to learn; drop the row")
         return messages
+
+
+def tools_of(row: Row) -> list[object] | None:
+    """The functions that the row's field "tools" offers, as JSON schemas; None where there are none.
+
+    Raises:
+        UserError: neither a list of objects nor the JSON of one.
+    """
+    with located(row):
+        value = row.fields.get("tools") or None
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise UserError(f"tools is no JSON ({error}); write a list of functions") from None
+        if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+            raise UserError(f"tools must be a list of objects, or the JSON of one, got {type_name(value)}")
+        return value or None
 
 
 def _conversation(fields: Fields) -> list[Message]:
@@ -254,7 +241,25 @@ def _parse_message(entry: object, where: str) -> Message:
     role = entry.get(role_key)
     if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{where}.{role_key} must be one of {', '.join(_ROLES)}, got {role!r}")
-    return as_message(_ROLES[role], entry.get(content_key), f"{where}.{content_key}")
+    calls = entry.get("tool_calls")
+    content = entry.get(content_key)
+    message = as_message(_ROLES[role], content, f"{where}.{content_key}") if content or not calls else _silent(role)
+    if calls:
+        message["tool_calls"] = _checked_calls(calls, f"{where}.tool_calls")
+    for key in ("name", "tool_call_id"):
+        if entry.get(key) is not None:
+            message[key] = _check_characters(entry[key], f"{where}.{key}")
+    return message
+
+
+def _silent(role: str) -> Message:
+    return Message(role=_ROLES[role], content="")
+
+
+def _checked_calls(calls: object, where: str) -> list[object]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"{where} must be a list of objects, got {type_name(calls)}")
+    return calls
 
 
 def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
@@ -264,13 +269,16 @@ def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Raises UserError unless user and assistant take turns, user first, after at most one system message."""
+    """Raises UserError unless user and assistant take turns, user first, after at most one system message.
+
+    Between two messages of the assistant, tools may answer the first.
+    """
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         raise UserError("a system message must be the first and the only one; merge or drop the others")
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    for number, role in enumerate(turns, start=1):
-        if role != ("user", "assistant")[(number - 1) % 2]:
+    for number, (before, role) in enumerate(zip(["", *turns], turns, strict=False), start=1):
+        if role not in _FOLLOWS[before]:
             raise UserError(f"user and assistant must take turns, user first; turn {number} is {role}; drop the row")
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,12 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Maps the files of a sealed store; `is_intact` says whether they are what was written."""
+        """Maps the files of a sealed store; `is_intact` says whether they are what was written.
+
+        The manifest's time of change is that of the last use, see `eviction`.
+        """
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(folder / _MANIFEST)
         tokens, ends, rows = (_map(folder / name, dtype) for name, dtype in _FILES.items())
         store = cls(tokens, ends, rows, _counts(json.loads((folder / _MANIFEST).read_text())))
         store._folder = folder

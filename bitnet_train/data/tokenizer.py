@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -133,6 +133,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of ids; incomplete UTF-8 sequences become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, without special tokens; the pieces joined are what `decode` returns.
+
+        A piece ends where a character does: one of several bytes may be spread over several ids.
+        """
+        pending: list[int] = []
+        for id in ids:
+            pending.append(id)
+            piece = self.decode(pending, skip_special_tokens=True)
+            if piece and not piece.endswith("\ufffd"):
+                yield piece
+                pending = []
+        if pending:
+            yield self.decode(pending, skip_special_tokens=True)
 
     def _encode_plain(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time

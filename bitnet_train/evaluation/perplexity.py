@@ -19,6 +19,7 @@ from bitnet_train.data.module import ChatData, Rows, TextData
 from bitnet_train.data.sources import messages_of, read_rows, text_of
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.evaluation.scoring import run_batch
 from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
 
@@ -75,12 +76,10 @@ def _answer_bytes(messages: list) -> int:  # type: ignore[type-arg]
 @torch.inference_mode()
 def total_nll(model: BitNetForCausalLM, rows: Rows) -> tuple[float, int]:
     """-sum log p(label) in nats over all rows, and the number of labels."""
-    device = model.head_weight.device
     total, tokens = 0.0, 0
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows.collate([rows[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(rows)))])
-        ids, labels, positions, documents = (field.to(device) for field in batch)
-        hidden = model.model(ids, position_ids=positions, document_ids=documents)
+        hidden, labels = run_batch(model, batch)
         total += float(cross_entropy_sum(hidden, model.head_weight, labels))
         tokens += int((labels != IGNORE_INDEX).sum())
     return total, tokens

@@ -1,4 +1,4 @@
-"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory.
+"""The masters in a checkpoint of a run: checkpoints/step-000100/state.pt, mapped into memory, or the shards beside it.
 
 torch.load reads plain containers only (weights_only) and maps the tensors, so that what is not asked for is not read.
 As with safetensors, what was touched stays resident while the file is mapped: it is mapped anew for each tensor.
@@ -7,7 +7,7 @@ As with safetensors, what was touched stays resident while the file is mapped: i
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.parts import row_slices
+from bitnet_train.formats.shards import fill, outline
 from bitnet_train.model.weights import check_finite
 from bitnet_train.quant import TernaryWeight, quantize_weight
 
@@ -55,22 +56,35 @@ class CheckpointWeights:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self._state()["model"].items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._outline.items()}
 
-    def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        tensor: Tensor = self._state()["model"][name][rows]
+    @cached_property
+    def _outline(self) -> dict[str, Tensor]:
+        """The tensors' shapes and dtypes."""
+        model = outline(self._state()["model"], self.path)
+        return {name: tensor.to("meta") for name, tensor in model.items()}
+
+    def _load(self, name: str) -> Tensor:
+        tensor: Tensor = fill({name: self._state()["model"][name]}, self.path)[name]
         check_finite(self.file, name, tensor)
         return tensor
 
+    @cached_property
+    def _loaded(self) -> Callable[[str], Tensor]:
+        """The same, and the last tensor again without loading it anew."""
+        return lru_cache(maxsize=1)(self._load)
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        return self._loaded(name)[rows]
+
     def ternary(self, name: str) -> TernaryWeight:
         """Codes and scale of a master, quantised now."""
-        return quantize_weight(self._read(name))
+        return quantize_weight(self._load(name))
 
     def parts(self, name: str) -> list[Callable[[], Tensor]]:
         """Calls that read a tensor by blocks of rows."""
-        return [partial(self._read, name, rows) for rows in row_slices(self.shapes[name])]
+        return [partial(self._rows, name, rows) for rows in row_slices(self.shapes[name])]
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a tensor."""
-        dtype: torch.dtype = self._state()["model"][name].dtype
-        return dtype
+        return self._outline[name].dtype

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_train.errors import EXIT_FAILURE, UserError, run_command
+from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, run_command
 from bitnet_train.export import hub, runtimes
 from bitnet_train.export.exporter import DTYPES, ExportResult, export
 from bitnet_train.export.source import open_source
@@ -19,15 +19,8 @@ from bitnet_train.memory import keep_freed_memory
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option as every other wrong input: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bitnet-export", description="Write a trained BitNet model in a format that others read.")
+    parser = ArgumentParser(prog="bitnet-export", description="Write a trained BitNet model in a format of others.")
     add = parser.add_argument
     add("source", metavar="SRC", type=Path, help="a run directory, a checkpoint, a model folder or a GGUF file")
     add("target", metavar="OUT", type=Path, nargs="?", help="the folder, or GGUF file, to write")

@@ -1,10 +1,11 @@
 """Writing that happens wholly or not at all: a temporary sibling, fsync, rename.
 
 A reader sees the old content or the new one. An exception removes the temporary name; after a kill it stays, hidden
-(`.NAME.1a2b3c4d.tmp`), beside an untouched target.
+(`.NAME.1a2b3c4d.tmp`), beside an untouched target, until somebody who knows that nobody else is writing calls `sweep`.
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bitnet_train.errors import UserError
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
 @contextmanager
@@ -60,6 +63,17 @@ def _replace_folder(new: Path, target: Path) -> None:
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writes have left in a folder. Nobody may be writing into it."""
+    for path in folder.glob(".*"):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def fsync(path: Path) -> None:

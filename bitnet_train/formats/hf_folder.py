@@ -35,6 +35,7 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KINDS: dict[object, Kind] = {
     ("autobitlinear", "online"): "master",
     ("autobitlinear", "offline"): "packed",
@@ -129,6 +130,7 @@ class HFFolder:
         if (self.path / WEIGHTS).is_file():
             return stored_tensors(self.path / WEIGHTS)
         if not (self.path / WEIGHTS_INDEX).is_file():
+            self._refuse_pickle()
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
         weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map", {})
         shards = {file: self._shard(file) for file in sorted(set(weight_map.values()))}
@@ -141,6 +143,13 @@ class HFFolder:
         if Path(name).name != name or not (self.path / name).is_file():
             raise UserError(f"{self.path / WEIGHTS_INDEX}: names {name!r}, which is not in the folder; add the file")
         return stored_tensors(self.path / name)
+
+    def _refuse_pickle(self) -> None:
+        for file in sorted(self.path.iterdir()):
+            if file.suffix in _PICKLES:
+                raise UserError(
+                    f"{file}: is a pickle, which can run code when it is read; convert what you trust to {WEIGHTS}"
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""

@@ -9,7 +9,8 @@ part are read.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
@@ -104,12 +105,34 @@ class LazyTensors(NamedTuple):
     """Tensors that are to be written, made together: every call of `parts` makes the next rows of some of them."""
 
     infos: Mapping[str, TensorInfo]
-    parts: Sequence[Callable[[], Mapping[str, Tensor]]]
+    parts: Iterable[Callable[[], Mapping[str, Tensor]]]
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "LazyTensors":
         """A tensor that is in memory."""
         return cls({name: TensorInfo(tensor.dtype, tuple(tensor.shape))}, [lambda: {name: tensor}])
+
+
+class LazyTensor(NamedTuple):
+    """A tensor whose rows must be made one after the other: `parts` begins to make them when its turn has come."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        """A tensor that is in memory."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: [tensor.detach().cpu()])
+
+    def named(self, name: str) -> LazyTensors:
+        """As one of the tensors of a file; its rows are made by the thread that writes, in order."""
+
+        def parts() -> Iterator[Callable[[], dict[str, Tensor]]]:
+            for part in self.parts():
+                yield partial(dict, {name: part})
+
+        return LazyTensors({name: TensorInfo(self.dtype, self.shape)}, parts())
 
 
 def write_safetensors(path: Path, tensors: Iterable[LazyTensors]) -> None:

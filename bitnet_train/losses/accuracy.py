@@ -8,8 +8,10 @@ from bitnet_train.losses.tokens import IGNORE_INDEX, LOGITS_PER_CHUNK
 
 
 @torch.no_grad()
-def correct_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The number of labels with the highest logit, int64, shape (); never holds `(tokens, vocab)` logits.
+def is_top1(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Whether each label has the highest logit, bool in the shape of `labels`; False where it is IGNORE_INDEX.
+
+    Never holds `(tokens, vocab)` logits.
 
     Args:
         hidden: `(..., hidden)`, the decoder's output.
@@ -19,4 +21,10 @@ def correct_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     kept = labels != IGNORE_INDEX
     rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
     chunks = zip(hidden[kept].split(rows), labels[kept].split(rows), strict=True)
-    return torch.stack([(F.linear(h, weight).argmax(dim=-1) == y).sum() for h, y in chunks]).sum()
+    guessed = torch.cat([F.linear(h, weight).argmax(dim=-1) == y for h, y in chunks])
+    return torch.zeros_like(kept).masked_scatter(kept, guessed)
+
+
+def correct_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The number of labels with the highest logit, int64, shape (); arguments as in `is_top1`."""
+    return is_top1(hidden, weight, labels).sum()

@@ -19,24 +19,26 @@ class BitLinear(nn.Linear):
         strength: lambda of the quantisation warm-up, from 0 (dense) to 1 (BitLinear), see `quant.bit_linear`.
         fuses: whether norm and residual may be computed with it; where not, forward hooks see its input.
         keeps_codes: whether codes are kept from one forward pass to the next, until `forget_codes`.
+        scale: the scale of the weight, float32, shape (), where somebody else keeps it up to date; else it is computed.
     """
 
     strength = 1.0
     fuses = True
     keeps_codes = False
+    scale: Tensor | None = None
     _kept: "_Kept | None" = None
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
         if self.strength < 1.0:
             return bit_linear(input, [self.weight], [self.bias], self.strength)[0]
-        return normed_bit_linear(input, [self.weight], bias=self.bias)
+        return normed_bit_linear(input, [self.weight], bias=self.bias, stacked=stack([self.weight], [self.scale]))
 
     def stacked_with(self, others: Sequence["BitLinear"]) -> Stacked:
         """The codes of this layer's weight and of the others', made anew unless they are kept."""
         weights: list[Tensor] = [self.weight, *(layer.weight for layer in others)]
         if not self.keeps_codes or torch.is_inference_mode_enabled():  # a later backward pass could not save them
-            return stack(weights)
+            return stack(weights, [self.scale, *(layer.scale for layer in others)])
         state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
         if self._kept is None or self._kept.state != state:
             self._kept = _Kept(stack(weights), [weight.detach() for weight in weights], state)

@@ -14,8 +14,24 @@ HIDDEN_ACTS = ("relu2", "silu")
 class BitNetConfig:
     """Shape of a BitNet decoder; defaults that the released config.json and transformers share are the released ones.
 
-    `quantize` is the one field that config.json holds elsewhere: as its `quantization_config`. Off, every BitLinear is
-    a plain Linear: the dense twin.
+    Attributes:
+        vocab_size: rows of the embedding, at least the tokenizer's.
+        hidden_size: features of the residual stream.
+        intermediate_size: features inside the feed-forward block.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads, of hidden_size / num_attention_heads features each.
+        num_key_value_heads: heads of keys and values, which groups of query heads share.
+        hidden_act: relu2 or silu, on the gate of the feed-forward block.
+        max_position_embeddings: the longest context, positions.
+        initializer_range: standard deviation of fresh weights.
+        rms_norm_eps: what a norm adds to the mean square.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: stretches the frequencies for longer contexts, see `RopeScaling`.
+        tie_word_embeddings: the embedding is the head, too.
+        attention_bias: biases on q, k, v and o.
+        attention_dropout: probability of leaving out an attention weight while training.
+        quantize: false makes every BitLinear a plain Linear: the dense twin. The one field that config.json holds
+            elsewhere: as its `quantization_config`.
 
     Raises:
         UserError: a field is out of range; the message names it and the value.

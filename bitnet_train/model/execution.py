@@ -15,9 +15,13 @@ class Execution:
     """Options of the computation.
 
     Attributes:
-        attention: "auto" | "sdpa", see `BitNetAttention.backend`.
-        activation_checkpointing: "none" | "selective" | "full", see `BitNetDecoderLayer.checkpointing`.
+        attention: auto: by blocks within documents where that is possible (CPU); sdpa: torch's, with a mask. See
+            `BitNetAttention.backend`.
+        activation_checkpointing: what the backward pass computes again in place of keeping it: none, selective (the
+            feed-forward block) or full (the whole layer). See `BitNetDecoderLayer.checkpointing`.
         compile: torch.compile of every decoder layer by itself; the first steps are slow.
+        low_bit_gather: of sharded weights (trainer=fsdp) the ternary codes travel, not the masters; see
+            `training.low_bit`.
 
     Raises:
         UserError: an option has another value.
@@ -26,6 +30,7 @@ class Execution:
     attention: str = "auto"
     activation_checkpointing: str = "none"
     compile: bool = False
+    low_bit_gather: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -1,6 +1,6 @@
 """Decoders from and to files: masters for training; masters, packed codes or GGUF for inference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
-from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
+from bitnet_train.formats.safetensors_file import LazyTensor, write_weights
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -148,23 +148,40 @@ def copy_tensor(source: HFFolder, name: str, parameter: Tensor) -> None:
 
 
 def save_pretrained(
-    folder: Path, model: BitNetForCausalLM, special_ids: SpecialIds, save_tokenizer: Callable[[Path], None], card: str
+    folder: Path,
+    model: BitNetForCausalLM,
+    special_ids: SpecialIds,
+    save_tokenizer: Callable[[Path], None],
+    card: str = "",
+) -> None:
+    """`write_pretrained` with the parameters of a decoder."""
+    weights = {name: LazyTensor.of(weight) for name, weight in model.state_dict().items()}
+    write_pretrained(folder, model.config, weights, special_ids, save_tokenizer, card)
+
+
+def write_pretrained(
+    folder: Path,
+    config: BitNetConfig,
+    weights: Mapping[str, LazyTensor],
+    special_ids: SpecialIds,
+    save_tokenizer: Callable[[Path], None],
+    card: str,
 ) -> None:
     """Writes a folder of float32 masters: all of it or nothing.
 
     Args:
         folder: replaced if it is there.
-        model: its parameters are written under transformers' names.
+        config: the decoder's.
+        weights: its parameters, under transformers' names.
         special_ids: bos, stop and padding ids, for config.json and generation_config.json.
         save_tokenizer: writes the tokenizer's files into a folder.
         card: the README.md.
     """
-    tensors = [LazyTensors.of(name, parameter.detach().cpu()) for name, parameter in model.named_parameters()]
     bos, stop, pad = special_ids
-    config = {**model.config.to_json(), "bos_token_id": bos, "eos_token_id": stop[0], "pad_token_id": pad}
+    config_json = {**config.to_json(), "bos_token_id": bos, "eos_token_id": stop[0], "pad_token_id": pad}
     with atomic_folder(folder) as temporary:
-        write_weights(temporary, tensors)
-        write_json(temporary / CONFIG, {**config, "torch_dtype": "float32"})
+        write_weights(temporary, [weight.named(name) for name, weight in weights.items()])
+        write_json(temporary / CONFIG, {**config_json, "torch_dtype": "float32"})
         generation = {"bos_token_id": bos, "eos_token_id": list(stop), "pad_token_id": pad}
         write_json(temporary / GENERATION_CONFIG, generation)
         (temporary / "README.md").write_text(card)

@@ -39,21 +39,34 @@ _NO_WIDTH = 0.001  # transformers' width of a ramp whose ends meet
 class RopeScaling:
     """How the frequencies of a model are stretched; None is "not set" (see the module's formulas).
 
+    Attributes:
+        rope_type: linear, llama3 or yarn.
+        factor: how many times longer the context becomes, at least 1.
+        original_max_position_embeddings: L, positions; llama3 and yarn need it.
+        low_freq_factor: llama3: turns within L below which a pair is stretched in full.
+        high_freq_factor: llama3: turns within L above which a pair is kept.
+        attention_factor: yarn: m in place of the formula.
+        beta_fast: yarn: turns within L above which a pair is kept, 32 where it is not set.
+        beta_slow: yarn: turns within L below which a pair is stretched in full, 1 where it is not set.
+        mscale: yarn, with mscale_all_dim: m = (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+        mscale_all_dim: yarn, see mscale.
+        truncate: yarn: a and b are whole numbers, which they are where it is not set.
+
     Raises:
         UserError: the type is unknown, or a field is missing, out of range or of another type.
     """
 
     rope_type: str
     factor: float
-    original_max_position_embeddings: int | None = None  # L, positions
+    original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    attention_factor: float | None = None  # m in place of the formula
-    beta_fast: float | None = None  # turns
-    beta_slow: float | None = None  # turns
-    mscale: float | None = None  # both set: m = (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
     mscale_all_dim: float | None = None
-    truncate: bool | None = None  # a and b as whole numbers, the default
+    truncate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in _REQUIRED:

@@ -35,11 +35,42 @@ class StageOutput:
     metrics: dict[str, Mean] = field(default_factory=dict)
 
 
-class Stage(ABC):
-    """A training objective.
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
-    `reduction` says what the gradient of an optimizer step is: "mean", the gradient of loss_sum / count over the global
-    batch, or "sum", of loss_sum itself. The logged loss is loss_sum / count in both cases.
+
+def _called(function: Callable[[], Tensor]) -> Tensor:
+    return function()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a run, as far as a stage deals with them; unless told otherwise, a single one.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: how many there are.
+        sum: a tensor to its sum over all ranks.
+        whole: a weight, of which every rank may hold a part, to all of it.
+        gathered: calls a function that runs the decoder. All ranks call it together, and equally often.
+    """
+
+    rank: int = 0
+    count: int = 1
+    sum: Callable[[Tensor], Tensor] = _unchanged
+    whole: Callable[[Tensor], Tensor] = _unchanged
+    gathered: Callable[[Callable[[], Tensor]], Tensor] = _called
+
+
+ALONE = Ranks()
+
+
+class Stage(ABC):
+    """A training objective. The logged loss is loss_sum / count, whatever the reduction.
+
+    Attributes:
+        reduction: what the gradient of an optimizer step is: "mean", the gradient of loss_sum / count over the global
+            batch, or "sum", of loss_sum itself.
     """
 
     reduction: Reduction
@@ -58,6 +89,7 @@ class Stage(ABC):
         rows: Mapping[str, Any],
         cache_dir: Path,
         precision: Callable[[], AbstractContextManager[None]],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Called once with the initial model and the named row sets (train and validation), before the first step.
 
@@ -66,4 +98,5 @@ class Stage(ABC):
             rows: what the data module reads, by name.
             cache_dir: where results that outlive the run may be kept.
             precision: makes the context in which the training step runs the model (autocast).
+            ranks: who else prepares.
         """

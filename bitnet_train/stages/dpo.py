@@ -19,7 +19,7 @@ from bitnet_train.data.packing import PairRows
 from bitnet_train.errors import UserError
 from bitnet_train.losses.preference import WITH_REFERENCE, WITHOUT_REFERENCE, LossOptions, PairScores, sft_term
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.stages.base import Mean, Reduction, Stage, StageOutput
+from bitnet_train.stages.base import ALONE, Mean, Ranks, Reduction, Stage, StageOutput
 from bitnet_train.stages.reference import (
     Precision,
     cached_reference_logps,
@@ -36,7 +36,8 @@ class DirectPreference(Stage):
     """A loss over pairs, averaged over the pairs of the global batch; options and metrics have TRL's names.
 
     Attributes:
-        loss_type: a loss of `losses.preference`.
+        loss_type: sigmoid, robust, hinge, ipo, apo_zero, apo_down or sigmoid_norm; without a reference simpo or orpo.
+            `losses.preference` has the formulas.
         reference: initial, the model that training starts from, or none, for simpo and orpo.
         beta: strength of the pull towards the reference; of orpo, weight of the odds ratio.
         label_smoothing: share of pairs assumed to be labelled the wrong way round.
@@ -71,13 +72,18 @@ class DirectPreference(Stage):
             )
 
     def prepare(
-        self, model: BitNetForCausalLM, rows: Mapping[str, PairRows], cache_dir: Path, precision: Precision
+        self,
+        model: BitNetForCausalLM,
+        rows: Mapping[str, PairRows],
+        cache_dir: Path,
+        precision: Precision,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Gives every pair the initial model's log-probabilities; see `stages.reference`."""
         if self.reference == "initial":
-            weights = model_hash(model, precision)
+            weights = model_hash(model, precision, ranks)
             for pairs in rows.values():
-                pairs.reference_logps = cached_reference_logps(model, weights, pairs, cache_dir, precision)
+                pairs.reference_logps = cached_reference_logps(model, weights, pairs, cache_dir, precision, ranks)
 
     def step(self, model: BitNetForCausalLM, batch: PairBatch) -> StageOutput:
         """Sums over the pairs of a batch that carries its reference log-probabilities."""

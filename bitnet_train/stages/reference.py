@@ -4,7 +4,7 @@
 
 The name and the file's own header carry the hash of the weights, with the model's shape and precision, and the hash of
 the pairs' ids and masks. Ids come out of the data, the tokenizer and the chat template: if any of them changes, the
-name is another one, and a file whose header says something else is computed again.
+name is another one, and a file whose header says something else is computed again. Several ranks deal the batches out.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from bitnet_train.data.packing import PairRows
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.losses.tokens import IGNORE_INDEX, token_logps
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.stages.base import ALONE, Ranks
 
 Precision = Callable[[], AbstractContextManager[None]]
 
@@ -38,32 +39,43 @@ def completion_lengths(tokens: TokenBatch) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int = 8) -> Tensor:
-    """`completion_logps` of all pairs, without dropout: float32 `(2, len(pairs))` on the CPU."""
+def reference_logps(model: BitNetForCausalLM, pairs: PairRows, batch_size: int = 8, ranks: Ranks = ALONE) -> Tensor:
+    """`completion_logps` of all pairs, without dropout: float32 `(2, len(pairs))` on the CPU, the same on all ranks."""
     device, was_training = model.head_weight.device, model.training
     model.eval()
-    logps = torch.empty(2, len(pairs))
+    logps = torch.zeros(2, len(pairs))
     by_length = pairs.lengths.argsort(kind="stable").tolist()
-    for start in range(0, len(pairs), batch_size):
-        numbers = by_length[start : start + batch_size]
+    batches = [by_length[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
+    for first in range(0, len(batches), ranks.count):
+        turn = first + ranks.rank
+        numbers = batches[min(turn, len(batches) - 1)]  # ranks without a batch run along: a sharded model needs them
         batch: PairBatch = pairs.collate([pairs[i] for i in numbers])
-        logps[:, numbers] = completion_logps(model, TokenBatch(*(field.to(device) for field in batch.tokens))).cpu()
+        scored = completion_logps(model, TokenBatch(*(field.to(device) for field in batch.tokens))).cpu()
+        if turn < len(batches):
+            logps[:, numbers] = scored
     model.train(was_training)
-    return logps
+    return ranks.sum(logps)
 
 
 def cached_reference_logps(
-    model: BitNetForCausalLM, weights: str, pairs: PairRows, cache_dir: Path, precision: Precision
+    model: BitNetForCausalLM,
+    weights: str,
+    pairs: PairRows,
+    cache_dir: Path,
+    precision: Precision,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """`reference_logps`, read from the cache where it has them; `weights` is the model's `model_hash`."""
+    """`reference_logps`, read from the cache where every rank has them there; `weights` is the model's `model_hash`."""
     file = cache_dir / f"reference-{weights[:16]}-{pairs.fingerprint[:16]}.safetensors"
     key = {"weights": weights, "pairs": pairs.fingerprint}
     logps = _read(file, key, (2, len(pairs)))
-    if logps is None:
+    everywhere = int(ranks.sum(torch.tensor(int(logps is not None)))) == ranks.count
+    if logps is None or not everywhere:
         with precision():
-            logps = reference_logps(model, pairs)
-        with atomic_file(file) as temporary:
-            save_file({"logps": logps}, temporary, metadata=key)
+            logps = ranks.gathered(lambda: reference_logps(model, pairs, ranks=ranks))
+        if ranks.rank == 0:
+            with atomic_file(file) as temporary:
+                save_file({"logps": logps}, temporary, metadata=key)
     return logps
 
 
@@ -77,12 +89,12 @@ def _read(file: Path, key: dict[str, str], shape: tuple[int, int]) -> Tensor | N
         return None
 
 
-def model_hash(model: BitNetForCausalLM, precision: Precision) -> str:
+def model_hash(model: BitNetForCausalLM, precision: Precision, ranks: Ranks = ALONE) -> str:
     """Of all that decides about a log-probability: shape, weights, and whether products run in bfloat16."""
     with precision():
         autocast = torch.is_autocast_enabled(model.head_weight.device.type)
     digest = hashlib.sha256(f"{model.config} {autocast}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(ranks.whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

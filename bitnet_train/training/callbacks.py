@@ -3,8 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,61 +11,52 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitnet_train.errors import RunFailed
+from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequested(Exception):
-    """The run was asked to stop and its state is saved; starting it again goes on."""
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Outside of training there is nothing to save: a signal ends the run at once, with the exit code of a stop."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StopRequested(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+from bitnet_train.training.signals import SIGNALS, StopRequested
 
 
 class Checkpointing(L.Callback):
     """Saves every `every` steps and when asked; stops when asked, with the state saved.
 
-    Asked means: a signal (the handler only sets a flag), or a file SAVE or STOP in the run directory. Everything
-    happens at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
+    Asked means: a signal to any rank (the handler only sets a flag), or a file SAVE or STOP in the run directory. All
+    ranks agree on it at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
 
     Args:
         run_dir: where SAVE and STOP are looked for.
         every: optimizer steps between checkpoints.
-        save: saves the state of the run.
+        save: saves the state of the run, and returns why that failed ("" if it did not), on every rank the same.
     """
 
-    def __init__(self, run_dir: Path, every: int, save: Callable[[], None]) -> None:
+    def __init__(self, run_dir: Path, every: int, save: Callable[[], str]) -> None:
         self.run_dir, self.every, self.save = run_dir, every, save
-        self._reason = ""
+        self._signal = 0
         self._saved_step = -1
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the signal handlers; Lightning, whose own end the run without saving, puts the old ones back."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
+        self._signal = number
 
     def _asked_by_file(self, name: str) -> bool:
+        """Whether the file was there; the first rank looks, and removes it."""
+        if not ranks.is_first():
+            return False
         try:
             (self.run_dir / name).unlink()
         except FileNotFoundError:
             return False
         return True
+
+    def _agreed(self) -> tuple[bool, str]:
+        """Whether any rank was asked to save, and why to stop ("" for no reason)."""
+        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), self._signal]
+        save, stop_file, number = ranks.maxima([int(value) for value in asked])
+        return bool(save), "STOP file" if stop_file else signal.Signals(number).name if number else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the handlers where no sanity check did. What a run starts from is not saved again."""
@@ -77,21 +67,28 @@ class Checkpointing(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """At a step boundary: saves if it is time or asked for, stops if asked to."""
+        """At a step boundary: saves if it is time or asked for, stops if asked to.
+
+        Raises:
+            StopRequested: it was asked to, and the state is saved.
+            RunFailed: it was asked to, and the state could not be saved.
+        """
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.at_step_boundary:
             return
-        if self._asked_by_file("STOP"):
-            self._reason = "STOP file"
         due = pl_module.step % self.every == 0 and pl_module.step != self._saved_step
-        if self._asked_by_file("SAVE") or due or self._reason:
-            self._save(pl_module)
-        if self._reason:
-            raise StopRequested(self._reason)
+        asked, reason = self._agreed()
+        failure = self._save(pl_module) if asked or due or reason else ""
+        if reason and failure:
+            raise RunFailed(f"asked to stop ({reason}), but the state was not saved: {failure}")
+        if reason:
+            raise StopRequested(reason)
 
-    def _save(self, module: TrainingModule) -> None:
-        self.save()
-        self._saved_step = module.step
+    def _save(self, module: TrainingModule) -> str:
+        failure = self.save()
+        if not failure:
+            self._saved_step = module.step
+        return failure
 
 
 class ProgressReport(L.Callback):
@@ -108,7 +105,7 @@ class ProgressReport(L.Callback):
         """Draws the bar if somebody can see it."""
         assert isinstance(pl_module, TrainingModule)
         self._started, self._first_step = time.monotonic(), pl_module.step
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and ranks.is_first():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
             self._bar.add_task("starting", total=pl_module.steps, completed=pl_module.step)

@@ -1,55 +1,38 @@
 """Checkpoints that are whole or absent: written under another name, sealed with a manifest, then renamed.
 
-    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only)
+    checkpoints/step-000100/state.pt        weights, optimizer, step, tokens, RNG: plain containers (weights_only);
+                                            sharded tensors lie in files of their own beside it (`shards`)
+    checkpoints/step-000100/metrics.json    the validation loss of this step, where one was measured
     checkpoints/step-000100/manifest.json   size and sha256 of every file, written last
-    checkpoints/last                        a link to the newest
+    checkpoints/last, best                  links to the newest, and to the one with the lowest validation loss
 
 The order is that of `formats.atomic`: files, fsync, rename, fsync of the parent. A kill at any moment leaves the
 earlier checkpoints as they were. Resuming takes the highest step whose manifest verifies, and renames one that does
 not to `.bad`.
 """
 
+import errno
 import hashlib
 import json
 import logging
-import random
+import pickle
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.atomic import atomic_folder
+from bitnet_train.formats.atomic import atomic_folder, sweep
 
-STATE, MANIFEST, LAST = "state.pt", "manifest.json", "last"
-_PREFIX, _TEMPORARY, _BAD, _OLD = "step-", ".tmp", ".bad", ".old"
+STATE, METRICS, MANIFEST, LAST, BEST = "state.pt", "metrics.json", "manifest.json", "last", "best"
+LOSS = "val/loss"
+NEVER_ALLOWED = ("model", "tokenizer", "optimizer")  # their state does not fit another one
+_PREFIX, _BAD, _OLD = "step-", ".bad", ".old"
 
 log = logging.getLogger(__name__)
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every random generator of this process, as tensors, lists and strings."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
 
 
 def _entry(file: Path) -> dict[str, Any]:
@@ -57,46 +40,125 @@ def _entry(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Commits the state as `folder/step-<step>` and removes all but the newest `keep_last` checkpoints."""
-    target = folder / f"{_PREFIX}{step:06d}"
-    if target.exists():  # the run went on from it; the same step of the same run is the same state
-        return target
-    with atomic_folder(target) as temporary:
-        torch.save(state, temporary / STATE)
-        (temporary / MANIFEST).write_text(json.dumps({STATE: _entry(temporary / STATE)}))
-    _link_last(target)
-    for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
-        shutil.rmtree(old)
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{_PREFIX}{step:06d}"
+
+
+def save(
+    folder: Path, step: int, state: dict[str, Any], keep_last: int, keep_best: int = 0, loss: float | None = None
+) -> Path:
+    """Commits the state as `folder/step-<step>` and removes what need not be kept.
+
+    Args:
+        keep_last: how many of the newest are kept; 0 keeps all.
+        keep_best: how many of those with the lowest loss are kept beside them.
+        loss: the validation loss of this step, if it was measured.
+
+    Raises:
+        OSError: the disk did not take it; what was there before is untouched.
+    """
+    target = folder_of(folder, step)
+    if not target.exists():  # where it is, the run went on from it; the same step of the same run is the same state
+        with committed(target, state, keep_last, keep_best, loss):
+            pass
     return target
 
 
-def _link_last(target: Path) -> None:
-    link = target.parent / f".{LAST}{_TEMPORARY}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
-    link.replace(target.parent / LAST)
+@contextmanager
+def committed(
+    target: Path, state: dict[str, Any], keep_last: int, keep_best: int = 0, loss: float | None = None
+) -> Iterator[Path]:
+    """Yields the folder that becomes the checkpoint when the block ends; others may write into it. See `save`."""
+    with atomic_folder(target) as temporary:
+        _write_state(temporary / STATE, state)
+        if loss is not None:
+            (temporary / METRICS).write_text(json.dumps({LOSS: loss}))
+        yield temporary
+        seal(temporary)
+    retain(target, keep_last, keep_best)
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of all files in a folder."""
+    entries = {file.name: _entry(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps(entries))
+
+
+def retain(newest: Path, keep_last: int, keep_best: int = 0) -> None:
+    """Sets the links of a new checkpoint's folder, and removes from it what need not be kept; see `save`."""
+    folder = newest.parent
+    _link(folder / LAST, newest)
+    best = _best(folder)[:keep_best]
+    if best:
+        _link(folder / BEST, best[0])
+    for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
+        if old not in best:
+            shutil.rmtree(old)
+
+
+def settle(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Does what is left to do of a save whose process was killed after the rename: links and removals."""
+    found = _steps(folder)
+    if found:
+        retain(found[-1], keep_last, keep_best)
+
+
+def _write_state(file: Path, state: dict[str, Any]) -> None:
+    """torch reports what the stream refused as a RuntimeError of its own."""
+    with file.open("wb") as stream:
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:
+            refused = error.__context__
+            if not isinstance(refused, OSError):
+                refused = OSError(errno.EIO, str(error).splitlines()[0], str(file))
+            raise refused from None
+
+
+def _link(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)
 
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _best(folder: Path) -> list[Path]:
+    """The checkpoints with a validation loss that is a number, the lowest first; of equals the older."""
+    losses = {path: loss for path in _steps(folder) if (loss := _loss_of(path)) == loss and loss is not None}
+    return sorted(losses, key=lambda path: losses[path])
+
+
+def _loss_of(checkpoint: Path) -> float | None:
+    try:
+        return float(json.loads((checkpoint / METRICS).read_text())[LOSS])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verifies(checkpoint: Path) -> bool:
     """True if every file that the manifest names is there with its size and hash."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        return bool(manifest) and all(_entry(checkpoint / name) == entry for name, entry in manifest.items())
-    except (OSError, ValueError, AttributeError):
+        return STATE in manifest and all(_entry(checkpoint / name) == entry for name, entry in manifest.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
 def newest(folder: Path) -> Path | None:
     """The newest intact checkpoint. Leftovers of killed saves are removed, damaged checkpoints renamed to `.bad`."""
-    for leftover in folder.glob(f".*{_TEMPORARY}"):
-        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+    sweep(folder)
     for checkpoint in reversed(_steps(folder)):
         if verifies(checkpoint):
             return checkpoint
@@ -113,7 +175,7 @@ def _set_aside(checkpoint: Path, suffix: str) -> Path:
 def set_aside_after(folder: Path, step: int) -> None:
     """Renames the checkpoints of later steps to `.old`: a run that starts before them is not to end in them."""
     for checkpoint in _steps(folder):
-        if int(checkpoint.name.removeprefix(_PREFIX)) > step:
+        if step_of(checkpoint) > step:
             _set_aside(checkpoint, _OLD)
 
 
@@ -128,27 +190,56 @@ def find(folder: Path, resume: str) -> Path | None:
     if resume == "auto":
         return newest(folder)
     checkpoint = Path(resume)
-    if not (checkpoint / STATE).is_file():
+    if not (checkpoint / MANIFEST).is_file() and not (checkpoint / STATE).is_file():
         raise UserError(f"resume={resume}: no checkpoint there (a folder with {STATE}); give one, auto or never")
     if not verifies(checkpoint):
         raise UserError(f"resume={resume}: the checkpoint is damaged ({MANIFEST} does not verify); use resume=auto")
     return checkpoint
 
 
-def load(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def load(checkpoint: Path, identity: dict[str, Any], allowed: Sequence[str] = ()) -> dict[str, Any]:
     """The state of a checkpoint, on the CPU.
 
+    Args:
+        identity: what the run that goes on is: model, order of the data, batch.
+        allowed: names in it that may differ.
+
     Raises:
-        UserError: it was made by a run whose `identity` (model, order of the data, batch) was another.
+        UserError: it was made by another run, cannot be read, or holds more than plain containers.
     """
-    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+    _check_allowed(allowed, identity)
+    state = _read_state(checkpoint / STATE)
     differences = [
         f"{key}: {state['identity'].get(key)} there, {value} now"
         for key, value in identity.items()
-        if state["identity"].get(key) != value
+        if state["identity"].get(key) != value and key not in allowed
     ]
     if differences:
         raise UserError(
-            f"{checkpoint}: made by another run ({'; '.join(differences)}); use another run_dir or resume=never"
+            f"{checkpoint}: made by another run ({'; '.join(differences)}); use another run_dir or resume=never, or "
+            f"name in resume_allow=[...] what may differ (all but {', '.join(NEVER_ALLOWED)})"
         )
+    return state
+
+
+def _check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:
+    possible = [name for name in identity if name not in NEVER_ALLOWED]
+    for name in allowed:
+        if name not in possible:
+            raise UserError(
+                f"resume_allow must name some of {', '.join(possible)}, got {name!r}; to train on with another model, "
+                "tokenizer or optimizer start anew from the weights: init_from=RUN_DIR"
+            )
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = next(line for line in reversed(str(error).splitlines()) if line.strip())
+        raise UserError(f"{file}: holds more than tensors and plain containers, and is not read: {reason}") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read: {str(error).splitlines()[0]}; take another checkpoint") from None
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise UserError(f"{file}: must hold the state of a run; give a checkpoint of one")
     return state

@@ -7,11 +7,11 @@
     activation_absmax      largest absmax of a token at the input of a BitLinear
     activation_saturation  share of the int8 codes that are -127 or 127: 1 / width where one outlier sets the scale
 
-A layer's figures are named health/layers.N/..., those of all layers health/... . Weights are measured whole,
-activations in a forward pass of its own over the first 256 positions of one row.
+A layer's figures are named health/layers.N/..., those of all layers health/... . Weights are measured whole (of sharded
+ones every rank measures its rows), activations in a forward pass of its own over the first 256 positions of one row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.data.batches import TokenBatch
-from bitnet_train.formats.packing import VALUES_PER_BYTE, pack_ternary
+from bitnet_train.formats.packing import VALUES_PER_BYTE, four_in_a_byte
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.quant import INT8_MAX, quantize_activation, quantize_weight
+from bitnet_train.quant import INT8_MAX, quantize_activation, ternary_codes
+from bitnet_train.training.sharding import absmeans, own_part, total
 
 Metrics = dict[str, float]
+Scaled = tuple[str, Tensor, Tensor]  # a matrix: its name, its weight, which may be sharded, and its scale
 
 _POSITIONS = 256
 _LOWER_BITS = 0b01010101  # the lower one of each pair
@@ -39,7 +41,8 @@ class TernaryHealth:
     """Measures a decoder every `every` optimizer steps; 0 never does.
 
     Attributes:
-        codes: the packed codes of the last measurement, by name of the matrix; part of a checkpoint.
+        codes: the packed codes of the last measurement, by name of the matrix (of its rows on this rank); part of a
+            checkpoint.
     """
 
     def __init__(self, every: int) -> None:
@@ -54,17 +57,25 @@ class TernaryHealth:
     def start(self, model: BitNetForCausalLM) -> None:
         """Flips are counted from the codes as they are now, unless earlier ones came with a checkpoint."""
         if self.every > 0 and not self.codes:
-            named = _bit_linears(model.model.layers)
-            self.codes = {name: pack(quantize_weight(layer.weight).codes) for name, layer in named}
+            weights = {name: matrix.weight for name, matrix in _bit_linears(model.model.layers)}
+            scales = absmeans(list(weights.values()))
+            self.codes = {
+                name: pack(ternary_codes(own_part(weight), scale))
+                for (name, weight), scale in zip(weights.items(), scales, strict=True)
+            }
 
     @torch.no_grad()
     def measure(self, model: BitNetForCausalLM, batch: TokenBatch) -> Metrics:
         """The figures of every layer and of all together; none for a model without BitLinears (the dense twin)."""
         layers = model.model.layers
-        weights = [self._weight_sums(f"{index}.", layer) for index, layer in enumerate(layers)]
-        if not any(row.any() for row in weights):
+        matrices = [
+            [(f"{index}.{name}", m.weight) for name, m in _bit_linears(layer)] for index, layer in enumerate(layers)
+        ]
+        if not any(matrices):
             return {}
-        table = torch.stack([torch.cat(row) for row in zip(weights, activation_sums(model, batch), strict=True)])
+        scales = iter(absmeans([weight for layer in matrices for _, weight in layer]))
+        weights = self._weight_sums([[(name, weight, next(scales)) for name, weight in layer] for layer in matrices])
+        table = torch.cat((weights, torch.stack(activation_sums(model, batch))), dim=1)
         whole = torch.cat((table[:, :-1].sum(dim=0), table[:, -1].amax(dim=0, keepdim=True)))
         figures = _figures(torch.cat((table, whole[None]))).tolist()
         prefixes = [*(f"health/layers.{index}/" for index in range(len(layers))), "health/"]
@@ -74,20 +85,26 @@ class TernaryHealth:
             for name, value in zip(NAMES, row, strict=True)
         }
 
-    def _weight_sums(self, prefix: str, layer: nn.Module) -> Tensor:
-        """Sums over the matrices of a layer, float64: -1, 0, +1, flips, distances, weights, scales, matrices."""
-        sums = torch.zeros(8, dtype=torch.float64, device=next(layer.parameters()).device)
-        for name, matrix in _bit_linears(layer):
-            codes, scale = quantize_weight(matrix.weight)
-            packed = pack(codes)
-            flipped = flips(self.codes.get(prefix + name, packed), packed)
-            distance = (matrix.weight.abs() / scale - 0.5).abs().sum()
-            minus, plus = torch.count_nonzero(codes < 0), torch.count_nonzero(codes > 0)
-            count = torch.full_like(minus, codes.numel())
-            of_matrix = (minus, count - minus - plus, plus, flipped, distance, count, scale, torch.ones_like(scale))
-            sums += torch.stack([value.double() for value in of_matrix])
-            self.codes[prefix + name] = packed
-        return sums
+    def _weight_sums(self, layers: Sequence[Sequence[Scaled]]) -> Tensor:
+        """Sums over the matrices of every layer, float64: -1, 0, +1, flips, distances, weights, scales, matrices."""
+        counts = torch.stack([torch.stack([self._counts(*matrix) for matrix in layer]).sum(dim=0) for layer in layers])
+        scales = torch.stack([torch.stack([scale.double() for *_, scale in layer]).sum() for layer in layers])
+        numbers = torch.tensor([len(layer) for layer in layers], device=counts.device)
+        _, weight, _ = layers[0][0]
+        return torch.cat((total(counts, like=weight), scales[:, None], numbers[:, None]), dim=1)
+
+    def _counts(self, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+        """The first six of `_weight_sums` over a matrix, or over the rows of it that lie here."""
+        part = own_part(weight)
+        codes = ternary_codes(part, scale)
+        packed = pack(codes)
+        flipped = flips(self.codes.get(name, packed), packed)
+        distance = (part.abs() / scale - 0.5).abs().sum()
+        minus, plus = torch.count_nonzero(codes < 0), torch.count_nonzero(codes > 0)
+        count = torch.full_like(minus, codes.numel())
+        self.codes[name] = packed
+        counts = (minus, count - minus - plus, plus, flipped, distance, count)
+        return torch.stack([value.double() for value in counts])
 
 
 def activation_sums(model: BitNetForCausalLM, batch: TokenBatch) -> list[Tensor]:
@@ -140,9 +157,9 @@ def _bit_linears(module: nn.Module) -> list[tuple[str, BitLinear]]:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes of any shape to a quarter of the bytes, uint8 `(ceil(n / 4), 1)`."""
-    flat = codes.flatten()
-    return pack_ternary(F.pad(flat, (0, -flat.numel() % VALUES_PER_BYTE))[:, None])
+    """Codes `(rows, columns)` to a quarter of the bytes, row by row, uint8 `(rows, ceil(columns / 4))`."""
+    padded = F.pad(codes, (0, -codes.shape[1] % VALUES_PER_BYTE))
+    return four_in_a_byte(padded.unflatten(1, (VALUES_PER_BYTE, -1)).unbind(dim=1))
 
 
 def flips(before: Tensor, after: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object per log event, kept over resumes."""
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -10,13 +11,19 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+log = logging.getLogger(__name__)
+
 
 class JsonlLogger(Logger):
-    """Appends {"step": ..., "tokens": ..., name: value, ...} to a file. Always on; other loggers stand beside it."""
+    """Appends {"step": ..., "tokens": ..., name: value, ...} to a file. Always on; other loggers stand beside it.
+
+    A line that the disk does not take waits for the next one; no checkpoint is written before it is (`flush`).
+    """
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
+        self._waiting = ""
 
     @property
     def name(self) -> str:
@@ -33,8 +40,43 @@ class JsonlLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends one line and hands it to the operating system at once."""
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._waiting += json.dumps({"step": step, **metrics}) + "\n"
+        try:
+            self.flush()
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); its lines wait for the next event", self.file, error.strerror)
+
+    def flush(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: the disk does not take it; the file ends with a whole line still.
+        """
+        if self._waiting:
+            append(self.file, self._waiting)
+            self._waiting = ""
+
+
+def append(file: Path, text: str) -> None:
+    """Appends all of a text or nothing.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    content = text.encode()
+    with file.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            while content:
+                content = content[stream.write(content) :]
+        except OSError:
+            _cut(file, size)
+            raise
+
+
+def _cut(file: Path, size: int) -> None:
+    if file.is_file():  # a device has nothing to cut
+        os.truncate(file, size)
 
 
 def finish_wandb() -> None:

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import lightning as L
 import torch
@@ -27,15 +27,17 @@ from bitnet_train.model.bitlinear import forget_codes, set_strength
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters
 from bitnet_train.schedule import Schedule
-from bitnet_train.stages.base import Mean, Stage, StageOutput
+from bitnet_train.stages.base import Mean, Ranks, Stage, StageOutput
+from bitnet_train.training import ranks
+from bitnet_train.training.guard import StepGuard
 from bitnet_train.training.health import TernaryHealth
+from bitnet_train.training.low_bit import gather_codes, refresh_scales
+from bitnet_train.training.sharding import is_sharded, own_part, shard, whole
 from bitnet_train.training.throughput import Throughput
 
 Metrics = dict[str, float]
-
-
-class DivergedError(RuntimeError):
-    """The gradient of a step is not finite; the weights are still those of the step before."""
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Sums:
@@ -86,12 +88,17 @@ class TrainingModule(L.LightningModule):
         log_every: steps between log events.
         health_every: steps between measurements of the ternary weights; 0 takes none.
         warmup_steps: steps over which quantisation sets in, see `model.bitlinear.set_strength`; 0 starts with it.
+        skip_nonfinite: steps in a row without a finite loss and gradient that are left out; see `StepGuard`.
 
     Attributes:
+        low_bit_gather: whether sharded weights travel as codes, see `training.low_bit`.
         step: optimizer steps done in the run, earlier starts included.
         tokens: positions trained on so far, over all ranks, without padding.
         latest: the last train metrics that were logged.
         since_log: sums since then; part of a checkpoint.
+        guard: keeps updates from being made of what is not finite; part of a checkpoint.
+        validated: the step of the last validation, and its loss.
+        batch_shape: rows and positions of the last micro-batch.
     """
 
     def __init__(
@@ -102,9 +109,10 @@ class TrainingModule(L.LightningModule):
         schedule: Schedule,
         tokenizer: Tokenizer,
         steps: int,
-        log_every: int,
-        health_every: int,
+        log_every: int = 10,
+        health_every: int = 0,
         warmup_steps: int = 0,
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.stage = model, stage
@@ -112,10 +120,15 @@ class TrainingModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.steps, self.log_every, self.warmup_steps = steps, log_every, warmup_steps
         self.step = self.tokens = 0
+        self.low_bit_gather = False
         self.latest: Metrics = {}
         self.health, self._throughput = TernaryHealth(health_every), Throughput()
+        self.guard = StepGuard(skip_nonfinite)
+        self.validated: tuple[int, float] | None = None
+        self.batch_shape: tuple[int, int] | None = None
         self._micro_batches = 0
         self._this_step, self.since_log = Sums(), Sums()
+        self._before_step: dict[str, Tensor] = {}
         self._validation: dict[str, Sums] = defaultdict(Sums)
         self._update: Metrics = {}
         bytes_of = torch.tensor(tokenizer.byte_lengths, dtype=torch.int64)
@@ -126,16 +139,43 @@ class TrainingModule(L.LightningModule):
         """True when no gradient is being accumulated: the moment to save or stop."""
         return self._micro_batches == 0
 
+    def configure_model(self) -> None:
+        """Shards the decoder where the strategy has a mesh for it; a second call changes nothing."""
+        if self.device_mesh is not None and not is_sharded(self):
+            shard(self, self.model, self.device_mesh["data_parallel"], ("training_step", "validation_step", "gathered"))
+            if self.low_bit_gather:
+                gather_codes(self.model.model.layers)
+                refresh_scales(self.model)
+
+    def gathered(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """function(*args, **kwargs), which runs the decoder outside of the steps; sharded ranks call it together."""
+        return function(*args, **kwargs)
+
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the decoder's parameters."""
         optimizer = self.optimizer_config.build(self.model.named_parameters())
-        optimizer.register_step_post_hook(lambda *_: forget_codes(self.model))
+        optimizer.register_step_post_hook(lambda *_: self._weights_changed())
         return optimizer
+
+    def setup(self, stage: str) -> None:
+        """Reads the data for as many steps as the run has, and accumulates over the micro-batches of a step."""
+        if stage == "fit":
+            data = self._data()
+            data.steps = self.steps
+            per_step = data.micro_batches(self.trainer.global_rank, self.trainer.world_size).per_step
+            self.trainer.accumulate_grad_batches = per_step
+
+    def _weights_changed(self) -> None:
+        """What was made of the weights is of other weights now."""
+        forget_codes(self.model)
+        if self.low_bit_gather:
+            refresh_scales(self.model)
 
     def on_fit_start(self) -> None:
         """Lets the stage prepare itself on the initial model."""
         data = self._data()
-        self.stage.prepare(self.model, data.row_sets, data.cache_dir, self._precision)
+        group = Ranks(ranks.rank(), ranks.count(), self._over_ranks, whole, self.gathered)
+        self.stage.prepare(self.model, data.row_sets, data.cache_dir, self._precision, group)
 
     def _data(self) -> DataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -151,14 +191,17 @@ class TrainingModule(L.LightningModule):
         return reduced
 
     def on_train_start(self) -> None:
-        """Starts the clock, and takes the codes that flips are counted from."""
+        """Starts the clock, and takes the codes that flips are counted from; weights may come from a checkpoint."""
+        self._weights_changed()
         self.health.start(self.model)
         self._throughput.restart()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The batch has just come from the loader."""
+        rows, length = tokens_of(batch).input_ids.shape
+        self.batch_shape = (rows, length)
         if self.trainer.training:
-            self._throughput.batch_arrived(tokens_of(batch).input_ids.shape[1])
+            self._throughput.batch_arrived(length)
         return batch
 
     @property
@@ -169,6 +212,8 @@ class TrainingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets the strength of quantisation, which is 1 outside of training."""
         set_strength(self.model, self.strength)
+        if self.at_step_boundary:
+            self._before_step = dict(self.since_log.values)
 
     def training_step(self, batch: TokenBatch | PairBatch, batch_idx: int) -> Tensor:
         """The sum of one micro-batch, multiplied by what Lightning and DDP are going to divide it by."""
@@ -176,21 +221,22 @@ class TrainingModule(L.LightningModule):
         means = means_of(output, batch)
         self._this_step.add(loss=means["loss"], tokens=means["tokens"])
         self.since_log.add(**means)
+        self.guard.saw(output.loss_sum)
         self._micro_batches += 1
         return output.loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the gradient once, refuses what is not finite, clips, and sets the step's hyperparameters."""
+        """Divides the gradient once, leaves out what is not finite, clips, and sets the step's hyperparameters."""
         sums = self._this_step.reduce(self._over_ranks)
         count = max(sums["loss"][1], 1.0)
         divisor = count if self.stage.reduction == "mean" else 1.0
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(grads)) / divisor
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"step {self.step}: the gradient's norm is {norm}; the update was not made. "
-                "Lower schedule.peak_lr, lengthen schedule.warmup_steps, or look at the rows of this step"
-            )
+        grads = [own_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = self._norm(grads) / divisor
+        order = self._data().micro_batches(ranks.rank(), ranks.count())
+        if not self.guard.passes(self.step, norm, sums["loss"][0], order):
+            optimizer.zero_grad()  # without gradients it changes nothing
+            self.since_log.values = self._before_step
+            return
         torch._foreach_mul_(grads, self._clip(norm, count) / divisor)
         lr, decay = self.schedule.lr(self.step, self.steps), self.schedule.weight_decay(self.step, self.steps)
         set_hyperparameters(optimizer, lr, decay)
@@ -198,6 +244,11 @@ class TrainingModule(L.LightningModule):
         self._update = {"train/lr": lr, "train/weight_decay": decay, "train/grad_norm": norm}
         if self.warmup_steps:
             self._update["train/quantization_strength"] = self.strength
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        """Of the whole gradient: over shards, the squares of their norms add up."""
+        norm = nn.utils.get_total_norm(grads).double()
+        return float(self._over_ranks(norm.square()).sqrt() if is_sharded(self) else norm)
 
     def _clip(self, norm: float, count: float) -> float:
         """What the gradient is multiplied by so that its norm is at most the limit."""
@@ -217,14 +268,17 @@ class TrainingModule(L.LightningModule):
     def _log_training(self, batch: TokenBatch) -> None:
         """What is due after this step, as one event; `batch` is its last micro-batch."""
         metrics: Metrics = {}
-        if self.step % self.log_every == 0 or self.step == self.steps:
+        due = self.step % self.log_every == 0 or self.step == self.steps
+        if due and self.guard.limit:
+            metrics["train/skipped_steps"] = self.guard.skipped[1]
+        if due and self.since_log.values:  # not every step was left out
             sums = self.since_log.reduce(self._over_ranks)
             rates = self._throughput.read(sums.pop("tokens")[0], self.model, self.trainer.world_size)
-            metrics = {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
+            metrics |= {**_averages(sums, "train"), **self._update, **self._shares(), **_named("train", rates)}
             self.latest = metrics
         if self.health.is_due(self.step):
             with self._precision():
-                metrics = {**metrics, **self.health.measure(self.model, batch)}
+                metrics = {**metrics, **self.gathered(self.health.measure, self.model, batch)}
         if metrics:
             self.log_event(metrics)
 
@@ -243,12 +297,15 @@ class TrainingModule(L.LightningModule):
         self._throughput.pause()
 
     def validation_step(self, batch: TokenBatch | PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds one batch to the sums of its validation set."""
+        """Adds one batch to the sums of its validation set, unless it only fills up the last round of the ranks."""
         output = self.stage.step(self.model, batch)
         means = means_of(output, batch)
         if isinstance(batch, TokenBatch):
             means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch.labels))
-        self._validation[self._data().validation_names[dataloader_idx]].add(**means)
+        name = self._data().validation_names[dataloader_idx]
+        if not self._data().validation_batches(name).counts(batch_idx):
+            means = {metric: Mean(*map(torch.zeros_like, mean)) for metric, mean in means.items()}
+        self._validation[name].add(**means)
 
     def _bytes(self, labels: Tensor) -> Tensor:
         """Bytes of text that the labels of a batch stand for, shape ()."""
@@ -258,12 +315,15 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs validation as sums over each whole set, divided once."""
         metrics: Metrics = {}
-        for name, sums in self._validation.items():
-            averages = _averages(sums.reduce(self._over_ranks), name)
+        for name in self._data().validation_names:
+            averages = _averages(self._validation[name].reduce(self._over_ranks), name)
             if f"{name}/bits_per_byte" in averages:
                 averages[f"{name}/perplexity"] = math.exp(min(averages[f"{name}/loss"], 700.0))
             metrics |= averages
         self._validation.clear()
+        losses = [metrics[f"{name}/loss"] for name in self._data().validation_names]
+        if losses:
+            self.validated = (self.step, sum(losses) / len(losses))
         self.log_event(metrics)
         self._throughput.go_on()
 

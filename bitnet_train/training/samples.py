@@ -8,7 +8,9 @@ from pathlib import Path
 import lightning as L
 
 from bitnet_train.generate import complete
+from bitnet_train.training.loggers import append
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +28,20 @@ class Samples(L.Callback):
         self.prompts, self.chat, self.max_new_tokens = list(prompts), chat, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples on the first rank."""
+        """The first rank samples; sharded ranks all do. What the disk does not take is in the log."""
         assert isinstance(pl_module, TrainingModule)
-        if trainer.is_global_zero:
-            with (Path(trainer.default_root_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for prompt in self.prompts:
-                    file.write(json.dumps(self._sample(pl_module, prompt), ensure_ascii=False) + "\n")
+        if not (trainer.is_global_zero or is_sharded(pl_module)):
+            return
+        lines = [json.dumps(self._sample(pl_module, prompt), ensure_ascii=False) + "\n" for prompt in self.prompts]
+        try:
+            if trainer.is_global_zero:
+                append(Path(trainer.default_root_dir) / "samples.jsonl", "".join(lines))
+        except OSError as error:
+            log.warning("samples.jsonl cannot be written (%s)", error.strerror)
 
     def _sample(self, module: TrainingModule, prompt: str) -> dict[str, str | int]:
-        text = complete(module.model, module.tokenizer, prompt, self.chat, self.max_new_tokens)
+        text = module.gathered(
+            complete, module.model, module.tokenizer, prompt, self.chat, max_new_tokens=self.max_new_tokens
+        )
         log.info("step %d  %s -> %s", module.step, prompt, text)
         return {"step": module.step, "prompt": prompt, "text": text}

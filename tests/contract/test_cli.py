@@ -26,6 +26,13 @@ def test_help_names_recipes_groups_and_keys_and_imports_nothing_heavy(tmp_path: 
     assert " lightning" not in result.stderr
 
 
+def test_the_package_alone_imports_nothing_but_itself(tmp_path: Path) -> None:
+    program = "import sys; before = {*sys.modules}; import bitnet_train; print(*{*sys.modules} - before)"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["bitnet_train"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("form", ["+recipe=", "recipe="])
 def test_every_recipe_composes_without_torch(tmp_path: Path, form: str, recipe: str) -> None:

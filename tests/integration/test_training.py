@@ -298,7 +298,7 @@ BAD_INPUT = {
     "stage=dpo": "stage DirectPreference does not read TextData",
     "stage.reduction=avg": "stage.reduction must be mean or sum, got 'avg'",
     "data.num_workers=-1": "data.num_workers must be at least 0",
-    "trainer.devices=2": "must be 1 in this version, got 2",
+    "trainer.devices=0": "trainer.devices must be a number of at least 1, or auto, got 0",
     "resume=nowhere": "resume=nowhere: no checkpoint there",
 }
 
@@ -332,7 +332,7 @@ def test_a_signal_before_training_is_a_stop_too(
     bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(bad)
-    monkeypatch.setattr("bitnet_train.training.run._build", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr("bitnet_train.training.run.build", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     monkeypatch.setattr(sys, "argv", ["bitnet-train", *PRETRAIN, "run_dir=early"])
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SystemExit) as exit:

@@ -66,6 +66,8 @@ def test_everything_is_there_and_large_enough(data: Path) -> None:
         "sft/heldout": (120, 8_000),
         "dpo/train": (700, 80_000),
         "dpo/heldout": (60, 8_000),
+        "code/train": (600, 80_000),
+        "code/heldout": (60, 8_000),
     }
     assert {f"{file.parent.name}/{file.stem}" for file in data.glob("*/*.jsonl")} == set(least) == set(files)
     for name, (least_rows, least_tokens) in least.items():
@@ -101,16 +103,27 @@ def test_pages_of_ruff_are_not_in_the_pre_training_text(data: Path) -> None:
     assert not [answer for answer in answers if len(answer) > 60 and any(answer in text for text in texts)]
 
 
-def test_sft_and_dpo_hold_out_the_same_tenth_of_the_rules(data: Path) -> None:
-    sides = {
-        name: {row["rule"] for row in rows(data, name)}
-        for name in ("sft/train", "sft/heldout", "dpo/train", "dpo/heldout")
-    }
-    assert not sides["sft/train"] & sides["sft/heldout"]
-    assert not sides["sft/train"] & sides["dpo/heldout"]
-    assert not sides["dpo/train"] & sides["sft/heldout"]
-    share = len(sides["dpo/heldout"]) / (len(sides["dpo/heldout"]) + len(sides["dpo/train"]))
-    assert 0.05 < share < 0.2
+def test_sft_dpo_and_code_hold_out_the_same_tenth_of_the_rules(data: Path) -> None:
+    def rules(side: str) -> set[str]:
+        return {row["rule"] for part in ("sft", "dpo", "code") for row in rows(data, f"{part}/{side}")}
+
+    assert not rules("train") & rules("heldout")
+    assert 0.05 < len(rules("heldout")) / len(rules("train")) < 0.2
+
+
+def test_code_of_held_out_rules_shares_no_passage_with_training_code(data: Path) -> None:
+    def passages(side: str) -> set[tuple[str, ...]]:
+        answers = (row[answer][0] for row in rows(data, f"code/{side}") for answer in ("chosen", "rejected"))
+        return set().union(*(tool.passages(answer["content"]) for answer in answers))
+
+    assert passages("train").isdisjoint(passages("heldout"))
+
+
+def test_good_code_is_chosen_over_the_example(data: Path) -> None:
+    pairs = {row["rule"]: row for name in ("train", "heldout") for row in rows(data, f"code/{name}")}
+    pair = pairs["none-comparison"]
+    assert "arg != None" in pair["rejected"][0]["content"]
+    assert "arg is not None" in pair["chosen"][0]["content"]
 
 
 def test_answers_of_held_out_rules_share_no_passage_with_training_answers(data: Path) -> None:
@@ -124,7 +137,7 @@ def test_rows_are_read_and_fit_into_the_context(data: Path) -> None:
     assert tokenizer.vocab_size == 1024
     lengths = [len(encode_chat(messages_of(row), tokenizer).input_ids) for row in read_rows(str(data / "sft"))]
     assert max(lengths) <= 512
-    for row in read_rows(str(data / "dpo")):
+    for row in read_rows([str(data / "dpo"), str(data / "code")]):
         pair = pair_of(row)
         for answer in (pair.chosen, pair.rejected):
             assert len(encode_chat([*pair.prompt, *answer], tokenizer).input_ids) <= 512
@@ -154,7 +167,7 @@ def test_it_is_deterministic(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tool, "xz_size", len)  # the slow part, which goes into no file that is compared
     tool.build(tmp_path, 1024)
     files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 10
+    assert len(files) == 12
     assert all((tmp_path / file).read_bytes() == (data / file).read_bytes() for file in files)
 
 

@@ -1,6 +1,8 @@
 """Conversations to ids: the text that transformers renders, and a mask over answers and their stop tokens."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +244,82 @@ def test_nothing_to_train_on_is_an_error(train_on: str) -> None:
 def test_an_unknown_train_on_is_an_error() -> None:
     with pytest.raises(UserError, match="train_on must be one of assistant, last, all, got 'user'"):
         encode_chat(TWO_TURNS, TOKENIZER, "user")
+
+
+# ---- tools ----
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": f"Adds. {EOT}", "parameters": {"type": "object"}}}
+]
+WITH_TOOLS = """
+{%- if tools %}{{ '<tools>' + (tools | tojson) + '<|eot_id|>' }}{% endif %}
+{%- for message in messages %}
+    {{- message.role + ': ' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- message.content }}
+            {%- for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}
+            {{- '<|eot_id|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+CALL = Message(
+    role="assistant",
+    content="",
+    tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {"x": [1, EOT]}}}],
+)
+TOOL_CHAT = [*chat(("u", "1 + 1?")), CALL, Message(role="tool", content="2", name="add"), *chat(("a", "It is 2."))]
+
+
+def test_tools_calls_and_their_answers_are_rendered_as_in_transformers() -> None:
+    render_theirs: Any = chat_template_utils.render_jinja_template
+    for tools in (TOOLS, None):
+        (text,), (spans,) = render_theirs(
+            [TOOL_CHAT], tools=tools, chat_template=WITH_TOOLS, return_assistant_tokens_mask=True
+        )
+        assert tuple(render(TOOL_CHAT, WITH_TOOLS, tools=tools)) == (text, spans)
+
+
+def test_ids_of_tools_are_those_of_transformers(tmp_path: Path) -> None:
+    """With no name of a special token in a string: transformers would take it for the token."""
+    clean: Any = json.loads(json.dumps([TOOLS, TOOL_CHAT]).replace(EOT, "end"))
+    tokenizer = with_template(WITH_TOOLS)
+    tokenizer.save(tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(clean[1], tools=clean[0], tokenize=False)
+    ids = encode_chat(clean[1], tokenizer, tools=clean[0]).input_ids
+    assert tokenizer.decode(ids) == BOS + text
+    assert ids.count(EOT_ID) == theirs.apply_chat_template(clean[1], tools=clean[0])["input_ids"].count(EOT_ID) == 5
+
+
+def test_calls_are_trained_and_what_tools_say_is_not() -> None:
+    tokenizer = with_template(WITH_TOOLS)
+    ids, trained = encode_chat(TOOL_CHAT, tokenizer, tools=TOOLS)
+    parts = tokenizer.decode([id for id, flag in zip(ids, trained, strict=True) if flag])
+    assert parts == '{"name": "add", "arguments": {"x": [1, "<|eot_id|>"]}}<|eot_id|>It is 2.<|eot_id|>'
+    assert ids.count(EOT_ID) == 5  # its name within the tools and the call stays text
+    prompt = encode_prompt(TOOL_CHAT[:3], tokenizer, TOOLS)
+    assert ids[: len(prompt)] == prompt
+
+
+def test_a_pair_sees_the_tools() -> None:
+    tokenizer = with_template(WITH_TOOLS)
+    prompt, chosen, _ = encode_pair(Pair(TOOL_CHAT[:1], [CALL], TOOL_CHAT[3:]), tokenizer, TOOLS)
+    assert tokenizer.decode(prompt).startswith(f"{BOS}<tools>")
+    assert tokenizer.decode(chosen).startswith('{"name": "add"')
+
+
+def test_a_template_that_would_leave_tools_out_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"^chat_template: the row has tools, which the template does not write"):
+        encode_chat(TWO_TURNS, TOKENIZER, tools=TOOLS)
+    with pytest.raises(UserError, match="the row has tool_calls, which"):
+        encode_chat(TOOL_CHAT, TOKENIZER)
+    mentions = with_template("{# tools #}" + BITNET_CHAT_TEMPLATE.replace("User", "tools"))
+    with pytest.raises(UserError, match="the row has tools, which"):
+        encode_chat(TWO_TURNS, mentions, tools=TOOLS)
 
 
 # ---- pairs ----

@@ -76,7 +76,11 @@ DISORDER: dict[str, tuple[list[Fields], str]] = {
     "assistant first": ([said("A"), USER, said("A")], "turns, user first; turn 1 is assistant"),
     "two answers": ([USER, said("A"), said("B")], "turns, user first; turn 3 is assistant|must end with a user"),
     "two questions": ([SYSTEM, USER, USER, said("A")], "turns, user first; turn 2 is user"),
-    "unknown role": ([USER, {"role": "tool", "content": "A"}], "role must be one of system, user, .*got 'tool'"),
+    "unknown role": ([USER, {"role": "bot", "content": "A"}], "role must be one of system, user, .*got 'bot'"),
+    "a tool that nobody called": (
+        [USER, {"role": "tool", "content": "A"}],
+        "turns, user first; turn 2 is tool|one assistant message after the shared prompt, got tool",
+    ),
     "no role": ([USER, {"content": "A"}], "role must be one of .*got None"),
 }
 

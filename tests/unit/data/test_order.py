@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_train.data.order import MicroBatches, permuted, sample_at
+from bitnet_train.data.order import MicroBatches, ValidationBatches, permuted, sample_at
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
@@ -49,3 +49,12 @@ def test_ranks_and_micro_batches_read_the_same_order(ranks: int, micro: int) -> 
 @pytest.mark.parametrize("first_step", [1, 3, 5])
 def test_going_on_reads_the_rest(first_step: int) -> None:
     assert steps(2, 2, first_step) == steps(2, 2)[first_step:]
+
+
+@given(count=st.integers(1, 60), micro=st.integers(1, 7), ranks=st.integers(1, 5))
+def test_validation_rows_count_once_and_ranks_stay_together(count: int, micro: int, ranks: int) -> None:
+    dealt = [ValidationBatches(count, micro, rank, ranks) for rank in range(ranks)]
+    counted = [row for batches in dealt for i, batch in enumerate(batches) if batches.counts(i) for row in batch]
+    assert sorted(counted) == list(range(count))
+    assert {len(list(batches)) for batches in dealt} == {len(dealt[0])}
+    assert all(batch for batches in dealt for batch in batches)

@@ -20,6 +20,9 @@ PAIR = Pair([user("Q")], [assistant("good")], [assistant("bad")])
 LONG = Pair([SYSTEM, user("Q1"), assistant("A1"), user("Q2")], [assistant("good")], [assistant("bad")])
 
 
+CALL = Message(role="assistant", content="", tool_calls=[{"function": {"name": "f", "arguments": {"x": 1}}}])
+
+
 def pair(**fields: object) -> Pair:
     return pair_of(Row("pairs.jsonl", 3, fields))
 
@@ -69,6 +72,12 @@ def test_the_shared_beginning_of_strings_ends_at_white_space() -> None:
     assert found == Pair([user("Name a colour: ")], [assistant("green")], [assistant("grey")])
 
 
+def test_answers_may_differ_in_their_calls_and_follow_a_tool() -> None:
+    prompt = [user("Q"), CALL, Message(role="tool", content="2")]
+    other = Message(role="assistant", content="", tool_calls=[{"function": {"name": "g", "arguments": {}}}])
+    assert pair(prompt=prompt, chosen=[CALL], rejected=[other]) == Pair(prompt, [CALL], [other])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -88,6 +97,7 @@ def test_the_shared_beginning_of_strings_ends_at_white_space() -> None:
             "rejected must be one assistant .*got nothing",
         ),
         ({"chosen": [user("Q"), *PAIR.chosen], "rejected": [user("R"), *PAIR.rejected]}, "got user, assistant"),
+        ({"prompt": "Q", "chosen": [CALL], "rejected": [CALL]}, "chosen and rejected are equal"),
         ({"prompt": "Q", "chosen": PAIR.chosen * 2, "rejected": PAIR.rejected}, "got assistant, assistant"),
         ({"prompt": [user("Q"), assistant("A")], "chosen": "good", "rejected": "bad"}, "end with a user message"),
         ({"prompt": [SYSTEM], "chosen": "good", "rejected": "bad"}, "end with a user message"),

@@ -20,7 +20,7 @@ from bitnet_train.data.chat import BITNET_CHAT_TEMPLATE, encode_chat, render
 from bitnet_train.data.config import ChatData
 from bitnet_train.data.packing import PackedRows
 from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import Message, Row, messages_of, read_rows, text_of
+from bitnet_train.data.sources import Message, Row, messages_of, read_rows, text_of, tools_of
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from tests.packages import member
 from tests.support import write_jsonl
@@ -241,9 +241,11 @@ def test_tools_reach_the_template_as_in_transformers() -> None:
     names = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
     rows = llama_factory("glaive_toolcall_en_demo.json")
     assert len(rows) >= 200
-    for row in rows:
-        tools = json.loads(row["tools"])
-        messages = [Message(role=names[turn["from"]], content=turn["value"]) for turn in row["conversations"]]
+    for number, row in enumerate(rows):
+        read = Row("glaive", number, row)
+        messages, tools = messages_of(read), tools_of(read)
+        assert tools == (json.loads(row["tools"]) or None)
+        assert messages == [{"role": names[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
         (text,), (spans,) = render_theirs(
             [messages], tools=tools, chat_template=TOOLS, return_assistant_tokens_mask=True
         )

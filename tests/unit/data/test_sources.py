@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
 
-from bitnet_train.data.sources import Message, Row, expand, messages_of, read_rows, text_of
+from bitnet_train.data.sources import Message, Row, expand, messages_of, read_rows, text_of, tools_of
 from bitnet_train.errors import UserError
 
 ROWS: list[dict[str, object]] = [{"text": "one"}, {"text": "zwei, größer"}, {"text": "three\u2028lines"}]
@@ -276,6 +276,46 @@ def test_the_input_of_alpaca_follows_the_instruction() -> None:
     assert messages_of(row(instruction="Q", input="I", output="A"))[0]["content"] == "Q\n\nI"
 
 
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_tools_may_answer_between_two_messages_of_the_assistant() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    answer = {"role": "tool", "content": "2", "name": "f"}
+    messages = messages_of(row(messages=[USER, call, answer, answer, ASSISTANT, USER, ASSISTANT]))
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": CALLS}
+    assert messages[2] == messages[3] == answer
+    turns = [("human", "Q"), ("function_call", "f(1)"), ("observation", "2"), ("gpt", "A")]
+    sharegpt = messages_of(row(conversations=[{"from": role, "value": text} for role, text in turns]))
+    assert [message["role"] for message in sharegpt] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_a_list_or_the_json_of_one(given: object) -> None:
+    assert tools_of(row(tools=given)) == TOOLS
+
+
+@pytest.mark.parametrize("given", [None, [], "", "[]"])
+def test_no_tools(given: object) -> None:
+    assert tools_of(row(tools=given)) is None
+    assert tools_of(row()) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[", r"^rows\.jsonl:7: tools is no JSON"),
+        ({"name": "f"}, r"^rows\.jsonl:7: tools must be a list of objects, .*got an object"),
+        ('"f"', "got a string"),
+        (["f"], "tools must be a list of objects"),
+    ],
+)
+def test_bad_tools(given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tools_of(row(tools=given))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -288,7 +328,10 @@ def test_the_input_of_alpaca_follows_the_instruction() -> None:
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"content must be a string, got null"),
         ({"messages": [USER, {"role": "assistant"}]}, r"content must be a string, got null"),
         ({"messages": [USER, {"role": "assistant", "content": [{"text": "A"}]}]}, "must be a string, got a list"),
-        ({"messages": [USER, {"role": "tool", "content": "A"}]}, r"messages\[1\]\.role must be one of .*, got 'tool'"),
+        ({"messages": [USER, {"role": "bot", "content": "A"}]}, r"messages\[1\]\.role must be one of .*, got 'bot'"),
+        ({"messages": [USER, {"role": "tool", "content": "A"}]}, r"take turns, user first; turn 2 is tool"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "f()"}]}, r"\[1\]\.tool_calls must be a list of obj"),
+        ({"messages": [USER, ASSISTANT, {"role": "tool", "content": "A", "name": 3}]}, r"\[2\]\.name must be a string"),
         ({"messages": [{"content": "A"}]}, "got None"),
         ({"conversations": [{"from": "bot", "value": "A"}]}, r"conversations\[0\]\.from must be one of .*, got 'bot'"),
         ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "first and the only one"),

@@ -205,3 +205,14 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert (result.stdout, result.stderr) == ("4\n", "")
+
+
+@given(st.text("ab é日🎉\n", max_size=40), st.integers(0, 3))
+def test_a_stream_of_ids_gives_whole_characters_and_in_the_end_the_text(text: str, cut: int) -> None:
+    """Also where it ends within a character, and for ids that are bytes of none."""
+    ids = TOKENIZER.encode(text + " 日本 🎉🎉 ß")
+    ids = ids[: len(ids) - cut]
+    pieces = list(TOKENIZER.decode_stream(iter(ids)))
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert len(pieces) > 5

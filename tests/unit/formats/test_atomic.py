@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.atomic import atomic_file, atomic_folder
+from bitnet_train.formats.atomic import atomic_file, atomic_folder, sweep
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -76,3 +76,15 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made: File exists"), atomic_file(tmp_path / "file" / "target"):
         pass
+
+
+def test_what_killed_writes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".model.0123abcd.tmp", ".model.0123abcd.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".init_from.txt.0123abcd.tmp").touch()
+    others = {".bashrc.old", ".lock", ".tmp", "model.0123abcd.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others

@@ -17,7 +17,7 @@ from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
 from bitnet_train.losses import tokens
-from bitnet_train.quant import absmean, quantize_activation, ternary_codes
+from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 5), (7, 123), (64, 128), (200, 509))  # tokens, features: odd, prime, a whole tile, several
@@ -128,6 +128,26 @@ def test_a_pair_of_bits_that_is_no_code_is_found(in_torch: pytest.MonkeyPatch, p
         in_torch.setattr(native, "available", available)
         with pytest.raises(ValueError, match="got 3"):
             four_of_a_byte(packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 64, 255, 1001])
+def test_the_sum_of_a_row_depends_on_no_other_row(
+    in_torch: pytest.MonkeyPatch, dtype: torch.dtype, columns: int
+) -> None:
+    """Nor on where it lies in memory: shards, also empty ones, have the sums of the whole matrix to the last bit."""
+    weight = torch.randn(23, columns).to(dtype)
+    parts = [part.clone() for part in (*weight.split(5), weight[:0])]
+    for sums, of_parts in both(in_torch, lambda: (row_sums(weight), torch.cat([row_sums(part) for part in parts]))):
+        assert torch.equal(of_parts, sums)
+        assert torch.allclose(sums, weight.double().abs().sum(dim=1), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.gpu
+def test_sums_of_rows_are_the_same_on_a_gpu(in_torch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(300, 1001)
+    _, eager = both(in_torch, lambda: (row_sums(weight),))
+    assert torch.equal(row_sums(weight.cuda()).cpu(), eager[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

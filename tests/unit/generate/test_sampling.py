@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitnet_train.errors import UserError
-from bitnet_train.generate import complete, generate, sample
+from bitnet_train.generate import complete, generate, sample, until
 from bitnet_train.model.decoder import BitNetForCausalLM
 from tests.support import TINY, tiny_tokenizer
 
@@ -45,3 +45,10 @@ def test_the_same_seed_gives_the_same_text() -> None:
     model, tokenizer = BitNetForCausalLM(TINY).eval(), tiny_tokenizer()
     texts = [complete(model, tokenizer, "quick", True, 8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_text_is_cut_at_the_first_stop_string_and_no_piece_is_read_after_it() -> None:
+    pieces = iter(["one t", "wo\n", "three", "four"])
+    assert until(pieces, ["\n\n", "wo"]) == "one t"
+    assert list(pieces) == ["three", "four"]
+    assert until(["all of ", "it"], ["\n"]) == "all of it"

@@ -1,0 +1,196 @@
+"""lm-evaluation-harness (extra `eval`): its tasks, metrics and prompts, this package's models.
+
+    from lm_eval import simple_evaluate
+    simple_evaluate(model=BitNetLM.from_pretrained("runs/quickstart/sft"), tasks=["arc_easy"])
+
+Every text begins with BOS, as in training. A context is cut from the left where it does not fit. What the chat template
+made is tokenized as in training, too: in pieces that begin and end where answers do, which a mark in the text keeps
+apart; names of special tokens count as control tokens in these texts alone.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bitnet_train.data.chat import chat_pieces
+from bitnet_train.data.sources import Message
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
+from bitnet_train.generate import stream, until
+from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.pretrained import load_for_inference, source_folder
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(f"lm-evaluation-harness is not installed ({error}): pip install 'bitnet-train[eval]'") from error
+
+T = TypeVar("T")
+Figures = dict[str, float | str]
+
+_ANSWER = "\ufdd3"  # a code point that Unicode keeps out of text: an answer begins or ends here
+
+
+class BitNetLM(LM):  # type: ignore[misc]
+    """A decoder as lm-evaluation-harness calls it; one process, one device.
+
+    Args:
+        model: any decoder, trained or imported.
+        tokenizer: the model's own.
+        max_gen_toks: tokens of a generated text where the task names no number.
+    """
+
+    def __init__(self, model: BitNetForCausalLM, tokenizer: Tokenizer, max_gen_toks: int = 256) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.max_gen_toks = model, tokenizer, max_gen_toks
+        self.max_length = model.config.max_position_embeddings
+        self.generator = torch.Generator().manual_seed(0)  # for tasks that sample
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> "BitNetLM":
+        """The model of a run directory, a folder (master or packed), a GGUF file or a hub id."""
+        folder = source_folder(source, "source")
+        return cls(load_for_inference(folder), Tokenizer.from_folder(folder))
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
+        pairs = [self._request(*request.args) for request in requests]
+        for pair in pairs:
+            check_fits(self.model, pair)
+        found = [(logp, is_greedy) for logp, is_greedy in score(self.model, pairs)]
+        return self._cached("loglikelihood", requests, found)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+        """log p of each text in nats, every token predicted once with as much context as fits."""
+        windows = [self._windows(*request.args) for request in requests]
+        scores = iter(score(self.model, [window for of_text in windows for window in of_text]))
+        found = [sum(next(scores).logp for _ in of_text) for of_text in windows]
+        return self._cached("loglikelihood_rolling", requests, found)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """What follows each context, up to a stop string, a stop token or max_gen_toks."""
+        found: list[str] = []
+        for request in requests:
+            context, options = request.args
+            text = self._generate(context, normalize_gen_kwargs(options, self.max_gen_toks))
+            found += self._cached("generate_until", [request], [text])
+        return found
+
+    def _cached(self, method: str, requests: Sequence[Instance], results: list[T]) -> list[T]:
+        """The results, handed to the harness's cache of answers, if it keeps one."""
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(method, request.args, result)
+        return results
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as text with marks around answers, the last of them open: empty, or begun by a prefix."""
+        messages, begun = list(chat_history), ""
+        if not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
+            begun = messages.pop()["content"]
+        pieces = chat_pieces(messages, self.tokenizer, add_generation_prompt=True)
+        return _ANSWER.join([*pieces, self.tokenizer.quote(begun)])
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template that `apply_chat_template` renders."""
+        return self.tokenizer.chat_template
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names ids and template in the keys of cached requests."""
+        return self.tokenizer.fingerprint
+
+    def _request(self, context: str, continuation: str) -> Request:
+        if _ANSWER in context:
+            request = Request(self._context_ids(context), self.tokenizer.encode(continuation))
+        else:
+            request = request_of(self.tokenizer, context, continuation)
+        room = max(1, self.max_length + 1 - len(request.continuation))
+        return request._replace(context=request.context[-room:])
+
+    def _context_ids(self, context: str) -> list[int]:
+        """Ids with one BOS in front."""
+        bos, parse = self.tokenizer.bos_token_id, _ANSWER in context
+        ids = [id for part in context.split(_ANSWER) for id in self.tokenizer.encode(part, parse_special=parse)]
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def _windows(self, text: str) -> list[Request]:
+        tokenizer, length = self.tokenizer, self.max_length
+        windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.bos_token_id, length, context_len=1)
+        return [Request(*make_disjoint_window(window)) for window in windows]
+
+    def _generate(self, context: str, options: Mapping[str, Any]) -> str:
+        new_tokens = min(options["max_gen_toks"], self.max_length // 2)
+        ids = self._context_ids(context)[new_tokens - self.max_length :]
+        sampling = (options.get("temperature", 0.0), options.get("top_p", 1.0), self.generator)
+        pieces = stream(self.model, self.tokenizer, ids, new_tokens, *sampling)
+        return until(pieces, [string for string in options["until"] if string])
+
+
+def run_tasks(
+    model: BitNetForCausalLM,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+) -> dict[str, Figures]:
+    """The harness's metrics of every task and group, under its own names, as {"arc_easy": {"acc,none": 0.25, ...}}.
+
+    Args:
+        tasks: names of tasks, groups or tags, or globs of them.
+        include_path: a folder with tasks of one's own (YAML), which come before the harness's.
+        num_fewshot: examples in front of each question; the task's own number if absent.
+        limit: rows of each task; all if absent.
+        chat: prompts are sent through the chat template.
+
+    Raises:
+        UserError: no such task, or its data is out of reach.
+    """
+    manager = _task_manager(tasks, include_path)
+    with contextlib.redirect_stdout(sys.stderr), _reading_data():  # standard output is for the figures
+        results = simple_evaluate(
+            model=BitNetLM(model, tokenizer),
+            tasks=manager.match_tasks(list(tasks)),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            log_samples=False,
+        )
+    return dict(results["results"])
+
+
+@contextlib.contextmanager
+def _reading_data() -> Iterator[None]:
+    """What goes wrong with files and the hub becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--lm-eval: the data of a task cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Knows the tasks; the harness's own, which take many seconds to find, where one's own do not suffice."""
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise UserError(f"--include-path {include_path}: no such folder; name one that holds task YAMLs")
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        found = [own.match_tasks([name]) for name in tasks]
+        if all(found) and {name for names in found for name in names} <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise UserError(f"--lm-eval {name}: no such task, group or tag; `lm-eval ls tasks` lists them")
+    return manager

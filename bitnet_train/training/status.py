@@ -1,0 +1,21 @@
+"""status.json: how far a run is, and how it ended. Schedulers, sweeps and people read it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
+    """status.json: running, done, requeue or failed."""
+    temporary = run_dir / ".status.json.tmp"
+    temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason}))
+    temporary.replace(run_dir / "status.json")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What was written last; a run that has not come to its first step has state "failed" and no step."""
+    try:
+        status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return {"state": "failed", "step": None, "reason": "not started"}
+    return status

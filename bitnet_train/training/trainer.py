@@ -1,0 +1,134 @@
+"""Lightning's Trainer for a run: the loggers and callbacks of its configuration, and its own counts."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig
+
+from bitnet_train import config as configuration
+from bitnet_train.errors import UserError
+from bitnet_train.model.execution import Execution
+from bitnet_train.optim import AdamW8bit
+from bitnet_train.training import ranks, sharding
+from bitnet_train.training.callbacks import Checkpointing, ProgressReport
+from bitnet_train.training.parts import Parts
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
+
+
+def make_trainer(
+    parts: Parts, config: DictConfig, callbacks: Sequence[L.Callback], save: Callable[[], str]
+) -> L.Trainer:
+    """The Trainer, with gradient accumulation and the options of execution set.
+
+    Args:
+        parts: what is trained.
+        config: the run's configuration: trainer, callbacks, logger, execution.
+        callbacks: what has to come before the saving of checkpoints.
+        save: saves the state of the run, see `Checkpointing`.
+
+    Raises:
+        UserError: the number of devices is not that of the ranks, or the precision is not for training.
+    """
+    settings = parts.settings
+    every = [
+        *callbacks,
+        Checkpointing(parts.run_dir, settings.checkpoint_every, save),
+        ProgressReport(log.info),
+        *instantiate(config.callbacks).values(),
+    ]
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=every,
+        logger=[parts.metrics, *instantiate(config.logger).values()],
+        max_steps=parts.module.steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0 if parts.module.step else -1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=parts.run_dir,
+        **_distribution(config.trainer),
+    )
+    _check(trainer)
+    _set_rhythm(trainer, parts, config)
+    return trainer
+
+
+def _distribution(node: DictConfig) -> dict[str, object]:
+    """The launcher's description of the ranks, and DDP where several ranks have no other strategy.
+
+    A decoder has no buffers that ranks would have to agree on, and every parameter has a gradient. A single process has
+    nothing to share out.
+    """
+    environment, strategy = ranks.environment(), node.get("strategy", "auto")
+    if environment is None:
+        return {"strategy": "auto"} if strategy == "fsdp" else {}
+    if strategy == "fsdp":  # inference tensors cannot be gathered into again
+        return {"plugins": [environment], "strategy": sharding.strategy(), "inference_mode": False}
+    if strategy in ("auto", "ddp"):
+        return {
+            "plugins": [environment],
+            "strategy": DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
+        }
+    return {"plugins": [environment]}
+
+
+def _check(trainer: L.Trainer) -> None:
+    if trainer.world_size != ranks.count():
+        raise UserError(
+            f"trainer.devices times trainer.num_nodes is {trainer.world_size}, but {ranks.count()} "
+            f"{'process was' if ranks.count() == 1 else 'processes were'} started; let both be the same"
+        )
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision must be {' or '.join(PRECISIONS)} (float32 masters), got {trainer.precision}"
+        )
+
+
+def _set_rhythm(trainer: L.Trainer, parts: Parts, config: DictConfig) -> None:
+    """Gradient accumulation, and what depends on it."""
+    per_step = parts.data.micro_batches(ranks.rank(), ranks.count()).per_step
+    trainer.accumulate_grad_batches = per_step
+    trainer.val_check_interval = parts.settings.val_every * per_step
+    execution: Execution = configuration.build(config.execution, "execution")
+    execution.apply(parts.module.model, per_step)
+    parts.module.low_bit_gather = execution.low_bit_gather
+    _check_sharding(execution, parts, config)
+    _count_as_done(trainer, parts.module.step, per_step)
+
+
+def _check_sharding(execution: Execution, parts: Parts, config: DictConfig) -> None:
+    """What does not go together with shards, or only with them."""
+    is_sharded = config.trainer.get("strategy") == "fsdp"
+    if is_sharded and isinstance(parts.module.optimizer_config, AdamW8bit):
+        raise UserError("optimizer=adamw_8bit writes into whole weights, trainer=fsdp shards them; use optimizer=adamw")
+    if execution.low_bit_gather and not is_sharded:
+        raise UserError("execution.low_bit_gather=true is for sharded weights; add trainer=fsdp, or leave it out")
+    if execution.low_bit_gather and parts.module.warmup_steps:
+        raise UserError(
+            f"execution.low_bit_gather=true moves codes alone, quantization_warmup_steps={parts.module.warmup_steps} "
+            "needs the weights as well; set either to its default"
+        )
+
+
+def _count_as_done(trainer: L.Trainer, step: int, per_step: int) -> None:
+    """Starts Lightning's totals at `step`, so that max_steps and the rhythm of validation count the whole run."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.batch_progress.total.ready = step * per_step
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's banners and its advice on loaders, which does not fit ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,52 @@
+"""Faults that tests inject into a run in their own process, as callbacks of its configuration."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from bitnet_train.training.module import TrainingModule
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    """Bounds a resource of this process, one of resource.RLIMIT_..., while the block runs."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+class FullDisk(L.Callback):
+    """From one step to another, no file grows beyond `limit` bytes: a checkpoint does not fit, a line does."""
+
+    def __init__(self, first: int, last: int, limit: int = 100_000) -> None:
+        self.first, self.last, self.limit = first, last, limit
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Comes before the module counts the step."""
+        assert isinstance(pl_module, TrainingModule)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if pl_module.step + 1 == self.first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, hard))
+        if pl_module.step + 1 == self.last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+class Vanish(L.Callback):
+    """Removes the run directory after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Comes before the module counts the step."""
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.step + 1 == self.step:
+            shutil.rmtree(Path(trainer.default_root_dir))

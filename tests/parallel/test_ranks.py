@@ -1,0 +1,196 @@
+"""Two processes do what one does: DDP, FSDP2 and FSDP2 with codes on the wire, for all three stages.
+
+Shards are uneven: 385 rows of the embedding, 255 of the feed-forward matrices. float32 products.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitnet_train.export.source import open_source
+from bitnet_train.model.weights import whole
+from tests.group import Job, run, start
+from tests.runs import metrics
+from tests.support import chat_rows, preference_rows, text_rows, tiny_tokenizer, write_jsonl
+
+STEPS = 20
+RUN = [
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "model=tiny",
+    "model.vocab_size=385",
+    "model.hidden_size=64",
+    "model.intermediate_size=255",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=128",
+    "data.sequence_length=63",
+    "data.tokenizer=tokenizer",
+    "data.cache_dir=cache",
+    "data.val=null",
+    "global_batch_size=8",
+    "val_every=1000",
+    "log_every=1",
+    "checkpoint_every=1000",
+    "health_every=10",
+    "max_epochs=null",
+    "schedule.warmup_steps=2",
+]
+STAGES = {
+    "pretrain": ["+recipe=pretrain", "data.train=text.jsonl"],
+    "sft": ["+recipe=sft", "data.train=chat.jsonl", "init_from=null"],
+    "dpo": ["+recipe=dpo", "data.train=pairs.jsonl", "init_from=null"],
+}
+WAYS = {
+    "ddp": ["trainer=auto"],
+    "fsdp": ["trainer=fsdp"],
+    "low_bit": ["trainer=fsdp", "execution.low_bit_gather=true"],
+}
+SGD = ["optimizer=custom", "optimizer._target_=torch.optim.SGD", "optimizer.grad_clip=0"]
+ONCE = ["max_steps=1", "schedule.peak_lr=1.0", "schedule.warmup_steps=0", "schedule.peak_weight_decay=0.0", *SGD]
+CUTS = {"ddp": (1, 4), "fsdp": (2,)}  # rows of a micro-batch of two ranks; a single process takes all 8 at once
+
+
+def job(name: str, stage: str, ranks: int, *overrides: str) -> Job:
+    return Job(name, [*STAGES[stage], *RUN, *overrides, f"trainer.devices={ranks}"])
+
+
+def steps(stage: str, way: str, ranks: int = 2) -> Job:
+    """A run of twenty steps."""
+    options = [f"max_steps={STEPS}", "micro_batch_size=2", "schedule.peak_lr=1e-4", *WAYS[way]]
+    return job(f"{way}-{stage}-{ranks}", stage, ranks, *options)
+
+
+def once(stage: str, way: str, size: int, ranks: int = 2) -> Job:
+    """One step of SGD at rate 1, in micro-batches of `size` rows: the change of the weights is the gradient."""
+    return job(f"once-{way}-{stage}-{ranks}x{size}", stage, ranks, *ONCE, *WAYS[way], f"micro_batch_size={size}")
+
+
+def saving(name: str, way: str, ranks: int, copy_of: str | None = None) -> Job:
+    """A run of pretrain that saves after steps 7, 14 and 20, or the rest of one that was killed after step 7."""
+    record = "+callbacks.record._target_=tests.group.Record"
+    options = [f"max_steps={STEPS}", "micro_batch_size=1", "checkpoint_every=7", "keep_last=0", record, *WAYS[way]]
+    whole = job(name, "pretrain", ranks, *options)
+    return Job(name, whole.overrides, copy_of, without=None if copy_of is None else 8)
+
+
+TWO = [
+    *(steps(stage, way) for stage in STAGES for way in WAYS),
+    *(once(stage, way, size) for stage in STAGES for way in CUTS for size in CUTS[way]),
+    *(saving(f"whole-{way}", way, 2) for way in WAYS),
+    *(saving(f"again-{way}", way, 2, f"whole-{way}") for way in WAYS),
+    saving("ddp-to-fsdp", "fsdp", 2, "whole-ddp"),
+]
+ONE = [
+    *(steps(stage, "ddp", 1) for stage in STAGES),
+    *(once(stage, "ddp", 8, 1) for stage in STAGES),
+    job("start", "pretrain", 1, *ONCE, "trainer=auto", "micro_batch_size=8", "schedule.peak_lr=0.0"),
+    saving("fsdp-to-one", "fsdp", 1, "whole-fsdp"),
+]
+FOUR = [saving("two-to-four", "low_bit", 4, "whole-fsdp")]
+BACK = [saving("four-to-two", "fsdp", 2, "two-to-four"), saving("one-to-two", "fsdp", 2, "fsdp-to-one")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "tokenizer").mkdir()
+    tiny_tokenizer().save(folder / "tokenizer")
+    for name, rows in {"text": text_rows(60), "chat": chat_rows(24), "pairs": preference_rows(24)}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    start(folder, 2, TWO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for one in ONE:
+            run(one)
+    start(folder, 4, FOUR)
+    start(folder, 2, BACK)
+    return folder
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / "model/model.safetensors")
+
+
+def vector(run_dir: Path) -> Tensor:
+    return torch.cat([tensor.double().flatten() for _, tensor in sorted(weights(run_dir).items())])
+
+
+def logged(run_dir: Path, name: str) -> list[float]:
+    return [event[name] for event in metrics(run_dir) if name in event]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_twenty_steps_of_two_ranks_are_those_of_one(folder: Path, stage: str, way: str) -> None:
+    alone, two = folder / f"ddp-{stage}-1", folder / f"{way}-{stage}-2"
+    assert logged(two, "train/loss") == pytest.approx(logged(alone, "train/loss"), rel=1e-5)
+    assert len(logged(two, "train/loss")) == STEPS
+    assert (vector(two) - vector(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_codes_on_the_wire_change_no_bit(folder: Path, stage: str) -> None:
+    masters, codes = folder / f"fsdp-{stage}-2", folder / f"low_bit-{stage}-2"
+    assert logged(codes, "train/loss") == logged(masters, "train/loss")
+    assert torch.equal(vector(codes), vector(masters))
+
+
+@pytest.mark.parametrize("name", ["minus", "flip_rate", "threshold_distance", "scale"])
+def test_health_is_measured_over_all_shards(folder: Path, name: str) -> None:
+    alone, two = folder / "ddp-pretrain-1", folder / "low_bit-pretrain-2"
+    assert logged(two, f"health/layers.1/{name}") == pytest.approx(logged(alone, f"health/layers.1/{name}"), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_and_ranks_cut_a_batch_without_a_trace(folder: Path, stage: str) -> None:
+    """Rows of pretrain and sft are packed, those of dpo are not. 1e-6 of the gradient's norm."""
+    alone = folder / once(stage, "ddp", 8, ranks=1).run_dir
+    gradient = vector(alone) - vector(folder / "start")
+    assert gradient.norm() > 0.01
+    for way, sizes in CUTS.items():
+        for size in sizes:
+            two = folder / once(stage, way, size).run_dir
+            assert (vector(two) - vector(alone)).norm() < 1e-6 * gradient.norm()
+            for name in ("train/loss", "train/grad_norm"):
+                assert logged(two, name) == pytest.approx(logged(alone, name), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_run_goes_on_bit_for_bit(folder: Path, way: str) -> None:
+    whole, again = folder / f"whole-{way}", folder / f"again-{way}"
+    assert logged(again, "train/loss") == logged(whole, "train/loss")
+    assert logged(again, "health/flip_rate") == logged(whole, "health/flip_rate")
+    assert torch.equal(vector(again), vector(whole))
+
+
+def rows(run_dir: Path) -> list[list[list[int]]]:
+    """The rows of every step after the seventh, sorted: ranks deal them out among themselves."""
+    lines = [json.loads(line) for file in run_dir.glob("rows-*") for line in file.read_text().splitlines()]
+    return [sorted(row for step, ids in lines if step == number for row in ids) for number in range(7, STEPS)]
+
+
+@pytest.mark.parametrize("other", ["fsdp-to-one", "two-to-four", "four-to-two", "one-to-two"])
+def test_other_numbers_of_ranks_read_the_same_state_and_the_same_samples(folder: Path, other: str) -> None:
+    """A digest of all weights and moments where the run goes on; more than 50 samples after it."""
+    whole, moved = folder / "again-fsdp", folder / other
+    assert (moved / "digest").read_text() == (whole / "digest").read_text()
+    assert rows(moved) == rows(whole)
+    assert sum(len(step) for step in rows(whole)) > 50
+    assert logged(moved, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-3)
+
+
+def test_a_sharded_run_takes_the_checkpoint_of_a_whole_one(folder: Path) -> None:
+    assert (folder / "ddp-to-fsdp/digest").read_text() == (folder / "again-ddp/digest").read_text()
+
+
+def test_a_sharded_checkpoint_is_exported_as_the_result_is(folder: Path) -> None:
+    source = open_source(folder / "whole-fsdp/checkpoints/last")
+    for name, tensor in weights(folder / "whole-fsdp").items():
+        assert torch.equal(whole(source.weights, name), tensor)

@@ -1,0 +1,162 @@
+"""The command: prompts, files of prompts, and a chat over a pipe and in a terminal."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.generate import ChatSession, complete
+from bitnet_train.generate.cli import main
+from bitnet_train.generate.terminal import GREETING, PROMPT, chat
+from bitnet_train.model.pretrained import load_for_inference
+from tests.folders import write_master
+from tests.support import ROOT, environment, tiny_tokenizer, write_jsonl
+
+Run = Callable[..., tuple[int | str | None, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_master(folder, {"max_position_embeddings": 256})
+    return folder
+
+
+@pytest.fixture
+def run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`bitnet-generate MODEL OPTIONS` with standard input: exit code, standard output, standard error."""
+
+    def run(*options: str, stdin: str = "") -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bitnet-generate", str(model), "--max-new-tokens", "8", *options])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Callable[..., str]:
+    """What the model says, by way of `complete`."""
+    decoder, tokenizer = load_for_inference(model), Tokenizer.from_folder(model)
+    return lambda prompt, chat, **how: complete(decoder, tokenizer, prompt, chat, 8, **how)
+
+
+def test_a_prompt(run: Run, expected: Callable[..., str]) -> None:
+    assert run("--prompt", "small cat") == (0, expected("small cat", False) + "\n", "")
+    sampled = run("--prompt", "small cat", "--chat", "--temperature", "1", "--top-p", "0.9", "--seed", "3")
+    assert sampled == (0, expected("small cat", True, temperature=1.0, top_p=0.9, seed=3) + "\n", "")
+    assert (
+        run("--prompt", "small cat", "--chat", "--system", "be small")[1] != run("--prompt", "small cat", "--chat")[1]
+    )
+
+
+def test_a_file_of_prompts_gives_a_completion_for_each(run: Run, expected: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"id": 7, "prompt": "small mat"}, {"id": 8, "prompt": "the ßmall cat"}]
+    code, output, _ = run("--prompts", str(write_jsonl(tmp_path / "p.jsonl", rows)), "--temperature", "1")
+    completed = [{**row, "completion": expected(row["prompt"], False, temperature=1.0)} for row in rows]
+    assert (code, [json.loads(line) for line in output.splitlines()]) == (0, completed)
+    (tmp_path / "p.txt").write_text("small mat\n\nthe ßmall cat\n")
+    lines = [json.loads(line) for line in run("--prompts", str(tmp_path / "p.txt"), "--chat")[1].splitlines()]
+    assert lines == [{"prompt": row["prompt"], "completion": expected(row["prompt"], True)} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "prompt must be a string, got null"),
+        ({"prompt": "small " * 300}, "the context 256; shorten it"),
+    ],
+)
+def test_a_bad_row_is_named_before_anything_is_generated(
+    run: Run, tmp_path: Path, row: dict[str, object], message: str
+) -> None:
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, row])
+    code, output, error = run("--prompts", str(file))
+    assert (code, output) == (2, "")
+    assert re.fullmatch(rf"error: {re.escape(str(file))}:2: .*{message}\n", error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to generate from; give --prompt TEXT, --prompts FILE or --chat"),
+        (["--prompt", "a", "--prompts", "b"], "--prompt and --prompts exclude each other"),
+        (["--prompt", "a", "--system", "b"], "--system belongs to --chat"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_options_cost_one_line(run: Run, options: list[str], message: str) -> None:
+    code, output, error = run(*options)
+    assert (code, output, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"error: {message}")
+
+
+def test_a_chat_over_a_pipe_prints_the_answers_alone(run: Run, expected: Callable[..., str]) -> None:
+    said = "small cat\n/reset\n\nsmall mat\n" + "small " * 300 + "\n/exit\nnever read\n"
+    code, output, error = run("--chat", stdin=said)
+    assert (code, output) == (0, f"{expected('small cat', True)}\n{expected('small mat', True)}\n")
+    assert re.fullmatch(r"error: the prompt has \d+ tokens, the context 256; shorten it\n", error)
+    second = run("--chat", stdin="small cat\nsmall mat\n")[1]
+    assert second.startswith(f"{expected('small cat', True)}\n")
+    assert second != output  # the second question was asked with the first in mind
+
+
+def test_ctrl_c_stops_an_answer_and_then_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["one", "two"])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    def stopped(ids: list[int]) -> Iterator[str]:
+        yield "wi"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    session = ChatSession(tiny_tokenizer(), stopped, 90, system=None)
+    chat(session)
+    assert capsys.readouterr().out == "wi\nwi\n"
+    assert [message["content"] for message in session.turns] == ["one", "wi", "two", "wi"]
+
+
+def read_until(terminal: int, text: str) -> str:
+    """What the program prints, up to and with the text."""
+    seen = ""
+    while text not in seen:
+        assert select.select([terminal], [], [], 200)[0], seen
+        seen += os.read(terminal, 1024).decode(errors="replace")
+    return seen
+
+
+def test_a_chat_in_a_terminal_ends_with_ctrl_c(model: Path, expected: Callable[..., str]) -> None:
+    """The terminal is a real one to the program: it echoes, and turns \\x03 into a signal."""
+    command = [sys.executable, "tools/generate.py", str(model), "--chat", "--max-new-tokens", "8"]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, command, environment() | {"TERM": "dumb"})
+    assert GREETING in read_until(terminal, PROMPT)
+    os.write(terminal, b"small cat\n")
+    seen = read_until(terminal, f"\n{PROMPT}").replace("\r\n", "\n")
+    assert seen.endswith(f"small cat\n{expected('small cat', True)}\n{PROMPT}")
+    os.write(terminal, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    os.close(terminal)

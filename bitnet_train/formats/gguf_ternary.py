@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
-from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
+from bitnet_train.formats.packing import pack_blocks, unpack_blocks
 
 _I2_S_TAIL = 32
 _TQ1_0_PARTS = ((5, 32), (5, 16), (4, 4))  # digits of a byte, bytes: 160, 80 and 16 codes
@@ -68,24 +68,24 @@ def unpack_ternary_blocks(kind: GGMLType, data: np.ndarray, shape: tuple[int, ..
 
 
 def _pack_i2_s(codes: Tensor, scale: float) -> bytes:
-    packed = four_in_a_byte(codes.reshape(-1, 4, 32), descending=True)
+    packed = pack_blocks(codes.reshape(-1, 4, 32), descending=True)
     return packed.numpy().tobytes() + struct.pack("<f", scale).ljust(_I2_S_TAIL, b"\0")
 
 
 def _unpack_i2_s(data: Tensor) -> tuple[Tensor, float]:
     packed, tail = data.tensor_split((-_I2_S_TAIL,))
     (scale,) = struct.unpack_from("<f", tail.numpy().data)
-    return four_of_a_byte(packed.view(-1, 32), descending=True), scale
+    return unpack_blocks(packed.view(-1, 32), descending=True), scale
 
 
 def _pack_tq2_0(codes: Tensor, scale: float) -> bytes:
-    packed = four_in_a_byte(codes.reshape(-1, 4, 32))
+    packed = pack_blocks(codes.reshape(-1, 4, 32))
     return _with_scale(packed.reshape(-1, 64), scale)
 
 
 def _unpack_tq2_0(data: Tensor) -> tuple[Tensor, float]:
     packed, scale = _without_scale(data, 64)
-    return four_of_a_byte(packed.reshape(-1, 32)), scale
+    return unpack_blocks(packed.reshape(-1, 32)), scale
 
 
 def _pack_tq1_0(codes: Tensor, scale: float) -> bytes:

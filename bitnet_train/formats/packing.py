@@ -8,6 +8,8 @@ stored plus one: 0, 1, 2 for -1, 0, 1; the bit pattern 3 never occurs.
 Source: transformers 5.23, integrations/bitnet.py (`pack_weights`, which changes its input; this one does not).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,22 +31,29 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows // VALUES_PER_BYTE, columns
 
 
-def four_in_a_byte(codes: Tensor, descending: bool = False) -> Tensor:
-    """sum over k of (codes[b, k, i] + 1) << 2k: int8 `(blocks, 4, width)` to uint8 `(blocks, width)`.
+def four_in_a_byte(codes: Sequence[Tensor]) -> Tensor:
+    """sum over k of (codes[k] + 1) << 2k as uint8, for four tensors of codes int8 and of one shape.
 
-    `descending` puts the first code into the highest bits, << 6 - 2k. Written modulo 256 as 85 + c0 + 4 (c1 + 4 (c2 +
-    4 c3)), which needs no wider type.
+    Written modulo 256 as 85 + codes[0] + 4 (codes[1] + 4 (codes[2] + 4 codes[3])), which needs no wider type.
     """
-    codes = codes.contiguous()
-    if native.available(codes, dtypes=(torch.int8,)):
-        return native.pack_ternary(codes, descending)
-    first, second, third, fourth = codes.view(torch.uint8).unbind(1)[:: -1 if descending else 1]
+    first, second, third, fourth = (code.view(torch.uint8) for code in codes)
     packed = fourth * 4
     return packed.add_(third).mul_(4).add_(second).mul_(4).add_(first).add_(_ALL_ONES)
 
 
-def four_of_a_byte(packed: Tensor, descending: bool = False) -> Tensor:
-    """Inverse of `four_in_a_byte`: uint8 `(blocks, width)` to int8 `(blocks, 4, width)`.
+def pack_blocks(codes: Tensor, descending: bool = False) -> Tensor:
+    """`four_in_a_byte` of every block: int8 `(blocks, 4, width)` to uint8 `(blocks, width)`.
+
+    `descending` puts the first code of four into the highest bits.
+    """
+    codes = codes.contiguous()
+    if native.available(codes, dtypes=(torch.int8,)):
+        return native.pack_ternary(codes, descending)
+    return four_in_a_byte(codes.unbind(1)[:: -1 if descending else 1])
+
+
+def unpack_blocks(packed: Tensor, descending: bool = False) -> Tensor:
+    """Inverse of `pack_blocks`: uint8 `(blocks, width)` to int8 `(blocks, 4, width)`.
 
     Raises:
         ValueError: a pair of bits is 3, so that the bytes are no packed codes.
@@ -68,9 +77,9 @@ def pack_ternary(codes: Tensor) -> Tensor:
         ValueError: out is no multiple of 4.
     """
     shape = packed_shape(tuple(codes.shape))
-    return four_in_a_byte(codes.reshape(1, VALUES_PER_BYTE, -1)).view(shape)
+    return pack_blocks(codes.reshape(1, VALUES_PER_BYTE, -1)).view(shape)
 
 
 def unpack_ternary(packed: Tensor) -> Tensor:
-    """Inverse of `pack_ternary`: uint8 `(out / 4, in)` to codes int8 `(out, in)`; ValueError as `four_of_a_byte`."""
-    return four_of_a_byte(packed.reshape(1, -1)).view(VALUES_PER_BYTE * packed.shape[0], packed.shape[1])
+    """Inverse of `pack_ternary`: uint8 `(out / 4, in)` to codes int8 `(out, in)`; ValueError as `unpack_blocks`."""
+    return unpack_blocks(packed.reshape(1, -1)).view(VALUES_PER_BYTE * packed.shape[0], packed.shape[1])

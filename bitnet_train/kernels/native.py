@@ -252,7 +252,7 @@ def ternary_codes(weight: Tensor, half: float) -> Tensor:
 
 
 def pack_ternary(codes: Tensor, descending: bool) -> Tensor:
-    """Codes int8 `(blocks, 4, width)` to uint8 `(blocks, width)`, see `formats.packing.four_in_a_byte`."""
+    """Codes int8 `(blocks, 4, width)` to uint8 `(blocks, width)`, see `formats.packing.pack_blocks`."""
     blocks, _, width = codes.shape
     packed = torch.empty(blocks, width, dtype=torch.uint8, device="cpu")
     _call("pack_ternary", codes, blocks, width, int(descending), packed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train import fused
-from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
+from bitnet_train.formats.packing import pack_blocks, unpack_blocks
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
 from bitnet_train.losses import tokens
@@ -114,9 +114,9 @@ def test_weights(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -
 @pytest.mark.parametrize(("blocks", "width"), [(1, 1), (1, 9001), (7, 32), (0, 32)])
 def test_codes_and_bytes(in_torch: pytest.MonkeyPatch, descending: bool, blocks: int, width: int) -> None:
     codes = torch.randint(-1, 2, (blocks, 4, width), dtype=torch.int8)
-    packed, expected = both(in_torch, lambda: (four_in_a_byte(codes, descending),))
+    packed, expected = both(in_torch, lambda: (pack_blocks(codes, descending),))
     assert torch.equal(packed[0], expected[0])
-    for unpacked in both(in_torch, lambda: (four_of_a_byte(packed[0], descending),)):
+    for unpacked in both(in_torch, lambda: (unpack_blocks(packed[0], descending),)):
         assert torch.equal(unpacked[0], codes)
 
 
@@ -127,7 +127,7 @@ def test_a_pair_of_bits_that_is_no_code_is_found(in_torch: pytest.MonkeyPatch, p
     for available in (native.available, lambda *tensors, **options: False):
         in_torch.setattr(native, "available", available)
         with pytest.raises(ValueError, match="got 3"):
-            four_of_a_byte(packed)
+            unpack_blocks(packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -121,7 +121,8 @@ class _Stored:
 
 def _read(folder: Path, marks: Sequence[str], mesh: DeviceMesh | None) -> dict[str, Tensor]:
     """Tensors of the folder, or this rank's rows of them, by their marks."""
-    stored, tensors = _Stored(folder), {}
+    stored = _Stored(folder)
+    tensors: dict[str, Tensor] = {}
     for mark in marks:
         size, dtype = stored.kind(mark)
         tensors[mark.removeprefix(_MARK)] = (

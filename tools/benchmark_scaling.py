@@ -67,7 +67,7 @@ class SentBytes(TorchDispatchMode):
     """Counts what this rank sends, by collective."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.share = (ranks - 1) / ranks
         self.sent: dict[str, float] = {}
 

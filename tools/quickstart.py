@@ -59,7 +59,7 @@ def exported(target: Path, **how: Any) -> ExportResult:
     source = ROOT / "dpo" / "model"
     if target.exists() and not (verification := verify(source, target)).mismatches:
         size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-        return ExportResult(target, size, "", (), verification)
+        return ExportResult(target, size, (), verification)
     return export(source, target, force=True, **how)
 
 

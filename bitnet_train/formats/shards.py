@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_sharded
@@ -130,5 +130,5 @@ def _read(folder: Path, marks: Sequence[str], mesh: DeviceMesh | None) -> dict[s
             if mesh is None
             else empty_sharded(size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
         )
-    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=mesh is None)
+    load(tensors, storage_reader=SafeReader(folder), no_dist=mesh is None)
     return {_MARK + name: tensor for name, tensor in tensors.items()}

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from bitnet_train.formats.shards import State, split
 from bitnet_train.training import checkpoint, ranks
@@ -68,9 +70,9 @@ class Saver:
             return failure
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
-        written = dcp.async_save(
+        written = async_save(
             tensors,
-            storage_writer=dcp.FileSystemWriter(temporary),
+            storage_writer=FileSystemWriter(temporary),
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),
             process_group=self._group,
         )
@@ -101,6 +103,6 @@ def commit(written: Any, stack: ExitStack) -> None:
     with stack:
         try:
             written.result()
-        except dcp.CheckpointException as error:  # is no Exception
+        except CheckpointException as error:  # is no Exception
             cause, _ = next(iter(error.failures.values()))
             raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.shards import fill, mapped, outline, split
@@ -16,7 +17,7 @@ WEIGHT = torch.arange(6.0).view(3, 2)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint with one tensor."""
-    dcp.save({"model/w": WEIGHT}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    save({"model/w": WEIGHT}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     return tmp_path
 
 

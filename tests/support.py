@@ -37,6 +37,20 @@ TINY_OVERRIDES = [
     "data.sequence_length=64",
 ]
 
+TINY_PRETRAIN = [  # in a folder that `write_corpus` has filled
+    "+recipe=quickstart-pretrain",
+    *TINY_OVERRIDES,
+    "model.hidden_size=128",
+    "data.train=text.jsonl",
+    "data.val=text.jsonl",
+    "data.tokenizer=tokenizer",
+    "data.cache_dir=cache",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "log_every=1",
+    "schedule.warmup_steps=2",
+]
+
 
 def sentence(number: int) -> str:
     """A text that depends on its number alone."""
@@ -67,6 +81,14 @@ def chat_rows(count: int) -> list[dict[str, object]]:
 
 def preference_rows(count: int) -> list[dict[str, object]]:
     return [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 2)} for i in range(count)]
+
+
+def write_corpus(folder: Path, rows: int = 60) -> Path:
+    """A tokenizer and text.jsonl, in the folder."""
+    (folder / "tokenizer").mkdir()
+    tiny_tokenizer().save(folder / "tokenizer")
+    write_jsonl(folder / "text.jsonl", text_rows(rows))
+    return folder
 
 
 def store_of(ids: Sequence[Sequence[int]], trained: Sequence[Sequence[bool]] | bool = True) -> TokenStore:

@@ -25,27 +25,18 @@ from bitnet_train.stages.pretrain import Pretrain
 from bitnet_train.training import checkpoint
 from tests.faults import limited
 from tests.runs import metrics
-from tests.support import TINY_OVERRIDES, environment, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import TINY_PRETRAIN, environment, text_rows, write_corpus, write_jsonl
 
 RUN = [
-    "+recipe=quickstart-pretrain",
-    *TINY_OVERRIDES,
-    "model.hidden_size=128",
+    *TINY_PRETRAIN,
     "model.num_hidden_layers=1",
     "model.num_attention_heads=4",
     "model.num_key_value_heads=2",
-    "data.train=text.jsonl",
     "data.val=val.jsonl",
-    "data.tokenizer=tokenizer",
-    "data.cache_dir=cache",
-    "global_batch_size=4",
-    "micro_batch_size=2",
     "max_steps=8",
     "checkpoint_every=2",
-    "log_every=1",
     "health_every=0",
     "val_every=2",
-    "schedule.warmup_steps=2",
 ]
 
 
@@ -77,10 +68,7 @@ class Run(Protocol):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that runs are started in."""
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "tokenizer").mkdir()
-    tiny_tokenizer().save(folder / "tokenizer")
-    write_jsonl(folder / "text.jsonl", text_rows(60))
+    folder = write_corpus(tmp_path_factory.mktemp("faults"))
     write_jsonl(folder / "other.jsonl", text_rows(50))
     write_jsonl(folder / "val.jsonl", text_rows(70)[60:])
     return folder

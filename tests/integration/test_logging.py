@@ -10,32 +10,16 @@ import pytest
 
 from bitnet_train.training.health import NAMES
 from tests.runs import Train, metrics, trainer_in
-from tests.support import ROOT, TINY_OVERRIDES, python, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import ROOT, TINY_PRETRAIN, python, write_corpus
 
 wandb_messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
-RUN = [
-    "+recipe=quickstart-pretrain",
-    *TINY_OVERRIDES,
-    "model.hidden_size=128",
-    "data.train=text.jsonl",
-    "data.val=text.jsonl",
-    "data.tokenizer=tokenizer",
-    "data.cache_dir=cache",
-    "max_steps=4",
-    "val_every=2",
-    "log_every=1",
-    "health_every=2",
-]
+RUN = [*TINY_PRETRAIN, "max_steps=4", "val_every=2", "health_every=2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("logging")
-    (folder / "tokenizer").mkdir()
-    tiny_tokenizer().save(folder / "tokenizer")
-    write_jsonl(folder / "text.jsonl", text_rows(30))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("logging"), rows=30)
 
 
 @pytest.fixture

@@ -15,37 +15,23 @@ from pathlib import Path
 import pytest
 
 from tests.runs import metrics
-from tests.support import TINY_OVERRIDES, environment, text_rows, tiny_tokenizer, train, write_jsonl
+from tests.support import TINY_PRETRAIN, environment, train, write_corpus
 
 TWO = [
-    "+recipe=quickstart-pretrain",
-    *TINY_OVERRIDES,
+    *TINY_PRETRAIN,
     "trainer=ddp",
     "trainer.accelerator=cpu",
     "trainer.devices=2",
-    "model.hidden_size=128",
-    "data.train=text.jsonl",
-    "data.val=text.jsonl",
-    "data.tokenizer=tokenizer",
-    "data.cache_dir=cache",
-    "global_batch_size=4",
-    "micro_batch_size=2",
     "max_steps=60",
     "checkpoint_every=3",
-    "log_every=1",
     "val_every=1000",
-    "schedule.warmup_steps=2",
 ]
 SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "tokenizer").mkdir()
-    tiny_tokenizer().save(folder / "tokenizer")
-    write_jsonl(folder / "text.jsonl", text_rows(60))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -15,23 +15,9 @@ from bitnet_train.cli import main
 from bitnet_train.training import sweep
 from tests.imitated_slurm import install
 from tests.runs import last, metrics
-from tests.support import TINY_OVERRIDES, environment, python, text_rows, tiny_tokenizer, write_jsonl
+from tests.support import TINY_PRETRAIN, environment, python, write_corpus
 
-JOB = [
-    "+recipe=quickstart-pretrain",
-    *TINY_OVERRIDES,
-    "model.hidden_size=128",
-    "data.train=text.jsonl",
-    "data.val=text.jsonl",
-    "data.tokenizer=tokenizer",
-    "data.cache_dir=cache",
-    "global_batch_size=4",
-    "micro_batch_size=2",
-    "max_steps=4",
-    "log_every=1",
-    "val_every=2",
-    "schedule.warmup_steps=2",
-]
+JOB = [*TINY_PRETRAIN, "max_steps=4", "val_every=2"]
 TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 HARM = "+callbacks.harm._target_=tests.steps.FailingJobs"
 SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.3"]
@@ -39,11 +25,7 @@ SLOW = ["+callbacks.slow._target_=tests.steps.Slow", "+callbacks.slow.seconds=0.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweeps")
-    (folder / "tokenizer").mkdir()
-    tiny_tokenizer().save(folder / "tokenizer")
-    write_jsonl(folder / "text.jsonl", text_rows(60))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("sweeps"))
 
 
 def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

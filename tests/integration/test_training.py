@@ -14,44 +14,33 @@ from bitnet_train.cli import main
 from bitnet_train.formats.hf_folder import HFFolder
 from bitnet_train.model.pretrained import load_for_inference
 from tests.support import (
-    TINY_OVERRIDES,
+    TINY_PRETRAIN,
     chat_rows,
     environment,
     preference_rows,
     text_rows,
-    tiny_tokenizer,
     train,
+    write_corpus,
     write_jsonl,
 )
 
 PRETRAIN = [
-    "+recipe=quickstart-pretrain",
-    *TINY_OVERRIDES,
-    "model.hidden_size=128",
+    *TINY_PRETRAIN,
     "model.num_hidden_layers=2",
     "model.num_attention_heads=4",
     "model.num_key_value_heads=2",
-    "data.train=text.jsonl",
     "data.val=null",
-    "data.tokenizer=tokenizer",
-    "global_batch_size=4",
-    "micro_batch_size=2",
     "max_steps=12",
     "checkpoint_every=3",
-    "log_every=1",
     "health_every=2",
     "val_every=5",
-    "schedule.warmup_steps=2",
 ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and rows of every kind; runs are started in it."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "tokenizer").mkdir()
-    tiny_tokenizer().save(folder / "tokenizer")
-    write_jsonl(folder / "text.jsonl", text_rows(60))
+    folder = write_corpus(tmp_path_factory.mktemp("data"))
     write_jsonl(folder / "other.jsonl", [*text_rows(100)[60:], {"text": None}])
     write_jsonl(folder / "chat.jsonl", chat_rows(24))
     write_jsonl(folder / "pairs.jsonl", preference_rows(24))

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,7 @@ def test_a_chat_in_a_terminal_ends_with_ctrl_c(model: Path, expected: Callable[.
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it, and hands that on
         os.execve(sys.executable, command, environment() | {"TERM": "dumb"})
     assert GREETING in read_until(terminal, PROMPT)
     os.write(terminal, b"small cat\n")

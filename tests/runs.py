@@ -1,6 +1,9 @@
 """Training runs in the process of the tests, where nothing has to be imported again, and what they logged."""
 
+import contextlib
+import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +31,20 @@ def trainer_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         return folder / run_dir
 
     return train
+
+
+def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`tests.support.train` without a process of its own."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["bitnet-train", *overrides])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as exit:
+                code = int(exit.code or 0)
+    return subprocess.CompletedProcess(overrides, code, out.getvalue(), err.getvalue())
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

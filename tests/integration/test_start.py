@@ -10,7 +10,8 @@ from bitnet_train.cli import main
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.pretrained import load_for_inference
 from bitnet_train.model.rope import RopeScaling
-from tests.support import chat_rows, tiny_tokenizer, train, write_jsonl
+from tests.runs import train
+from tests.support import chat_rows, tiny_tokenizer, write_jsonl
 
 transformers = pytest.importorskip("transformers")
 

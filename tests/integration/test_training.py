@@ -13,13 +13,14 @@ import pytest
 from bitnet_train.cli import main
 from bitnet_train.formats.hf_folder import HFFolder
 from bitnet_train.model.pretrained import load_for_inference
+from tests import support
+from tests.runs import train
 from tests.support import (
     TINY_PRETRAIN,
     chat_rows,
     environment,
     preference_rows,
     text_rows,
-    train,
     write_corpus,
     write_jsonl,
 )
@@ -50,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(data: Path) -> Path:
     """An uninterrupted pre-training run."""
-    result = train(*PRETRAIN, "run_dir=whole", cwd=data)
+    result = support.train(*PRETRAIN, "run_dir=whole", cwd=data)
     assert result.returncode == 0, result.stdout + result.stderr
     return data / "whole"
 
@@ -332,7 +333,7 @@ def test_a_signal_before_training_is_a_stop_too(
 
 
 def test_bad_input_ends_the_process_with_2(bad: Path) -> None:
-    result = train(*PRETRAIN, "run_dir=bad", "data.train=broken.jsonl", cwd=bad)
+    result = support.train(*PRETRAIN, "run_dir=bad", "data.train=broken.jsonl", cwd=bad)
     assert result.returncode == 2
     assert result.stderr.startswith("error: broken.jsonl:2: ")
     assert len(result.stderr.splitlines()) == 1

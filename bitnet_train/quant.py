@@ -14,6 +14,7 @@ and Microsoft's "Training Tips, Code and FAQ" (unilm/bitnet).
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def row_sums(weight: Tensor) -> Tensor:
     No row's sum depends on the others: where rows lie on several processes, their sums are those of the whole matrix.
     """
     rows = weight.detach()
-    rows = rows.reshape(len(rows), rows[:1].numel()) if rows.ndim > 1 else rows.reshape(1, -1)
+    rows = rows.reshape(len(rows), prod(rows.shape[1:])) if rows.ndim > 1 else rows.reshape(1, -1)
     if native.available(rows) and rows.is_contiguous() and rows.numel():
         return native.absolute_sums(rows, rows.shape[1])
     step = max(1, _CPU_BLOCK // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))

@@ -20,7 +20,7 @@ LLAMA_3_SPLIT = (
 TEXT = "It's a small text about small things: the small cat sat on the small mat, 12345 times. " * 3
 
 _ANIMALS = ("cat", "dog", "fox", "owl", "hen", "ant", "bee", "cow", "pig", "rat")
-_STEPS = 30
+_STEPS = 140
 
 LINEARS = 14  # the ternary matrices of the model below: two layers of seven
 CODES = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)  # their weights

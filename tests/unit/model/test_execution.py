@@ -72,9 +72,9 @@ def test_weights_are_quantised_once_per_update(
     execution.apply(model, micro_batches)
     stacks = []
 
-    def counted(weights: Sequence[Tensor]) -> fused.Stacked:
+    def counted(weights: Sequence[Tensor], scales: Sequence[Tensor | None] | None = None) -> fused.Stacked:
         stacks.append(len(weights))
-        return fused.stack(weights)
+        return fused.stack(weights, scales)
 
     monkeypatch.setattr("bitnet_train.model.bitlinear.stack", counted)
     for _ in range(3):

@@ -64,10 +64,10 @@ class CheckpointWeights:
         model = outline(self._state()["model"], self.path)
         return {name: tensor.to("meta") for name, tensor in model.items()}
 
-    @lru_cache(maxsize=1)  # noqa: B019  (of one file at a time; its rows are asked for by parts)
-    def _whole(self, name: str) -> Tensor:
-        tensor: Tensor = fill({name: self._state()["model"][name]}, self.path)[name]
-        return tensor
+    @cached_property
+    def _whole(self) -> Callable[[str], Tensor]:
+        """A tensor by its name, and the last one again without loading it anew: rows are asked for by parts."""
+        return lru_cache(maxsize=1)(lambda name: fill({name: self._state()["model"][name]}, self.path)[name])
 
     def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
         tensor = self._whole(name)[rows]

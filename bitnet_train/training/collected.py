@@ -51,10 +51,11 @@ class _Stream:
     def _take(self, name: str, number: int) -> dict[str, Tensor]:
         with self._turn:
             self._turn.wait_for(lambda: self._taken == number)
-            part = next(self._parts)
-            self._taken += 1
-            self._turn.notify_all()
-            return {name: part}
+            try:
+                return {name: next(self._parts)}
+            finally:  # also after an error: whoever waits for its turn must come to know of it
+                self._taken += 1
+                self._turn.notify_all()
 
     def drain(self) -> None:
         """Takes what nobody has taken."""

@@ -87,10 +87,6 @@ def _summed(sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([values[name] for values in sums if name in values]).sum(dim=0) for name in names}
 
 
-def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
 class Found(NamedTuple):
     """A checkpoint to go on from: its folder, and what its state.pt holds."""
 

@@ -13,7 +13,7 @@ quickstart: $(VENV)/quickstart.stamp ## train, fine-tune, align, export and samp
 	$(BIN)/python tools/quickstart.py
 
 test: lint ## lint, then run all tests: a file at a time on every core, one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.stamp ## check style, types and layers
 	$(BIN)/ruff check

@@ -25,14 +25,14 @@ os.environ |= {  # set before a test imports datasets, transformers or wandb, wh
 }
 
 TESTS = Path(__file__).parent
-ORDER = {"unit": 0, "contract": 1, "parity": 2, "integration": 3}  # folders, from seconds to minutes
+ORDER = {"unit": 0, "contract": 1, "parity": 2, "parallel": 3, "integration": 4}  # folders, from seconds to minutes
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: ORDER.get(item.path.relative_to(TESTS).parts[0], len(ORDER)))
+    items.sort(key=lambda item: ORDER[item.path.relative_to(TESTS).parts[0]])
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
 
 
@@ -24,19 +25,31 @@ def limited(what: int, limit: int) -> Iterator[None]:
 
 
 class FullDisk(L.Callback):
-    """From one step to another, no file grows beyond `limit` bytes: a checkpoint does not fit, a line does."""
+    """From one step to another, no file of a rank grows beyond `limit` bytes: no checkpoint fits, a line does."""
 
-    def __init__(self, first: int, last: int, limit: int = 100_000) -> None:
-        self.first, self.last, self.limit = first, last, limit
+    def __init__(self, first: int, last: int, rank: int = 0, limit: int = 100_000) -> None:
+        self.first, self.last, self.rank, self.limit = first, last, rank, limit
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Comes before the module counts the step."""
         assert isinstance(pl_module, TrainingModule)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        if pl_module.step + 1 == self.first:
+        if pl_module.step + 1 == self.first and ranks.rank() == self.rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, hard))
         if pl_module.step + 1 == self.last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+class NotANumber(L.Callback):
+    """On one rank, the last hidden states of every micro-batch of a step are no numbers."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.step == self.step and ranks.rank() == self.rank:
+            pl_module.model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
 
 
 class Vanish(L.Callback):

@@ -1,6 +1,7 @@
-"""Many runs in one group of processes: starting a group costs ten seconds, a small run one.
+"""Many runs in one group of processes, and all groups from one process: importing takes seconds, a small run one.
 
-python -m tests.group FOLDER    one rank: does the jobs in FOLDER/jobs.json in order, in FOLDER
+python -m tests.group    for every line [COUNT, [JOB, ...]] that it reads it forks COUNT ranks, which do the jobs in the
+                         folder that it was started in, and prints their exit codes
 
 A rank ends without the interpreter's own end, where gloo's threads abort now and then after all work is done. What a
 job has left in its folder is what tests judge.
@@ -9,6 +10,7 @@ job has left in its folder is what tests judge.
 import hashlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -17,15 +19,21 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE
+from typing import Any, NoReturn
 
 import lightning as L
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from bitnet_train import config as configuration
+from bitnet_train.errors import RunFailed
 from bitnet_train.formats.shards import mapped
-from bitnet_train.training import ranks
+from bitnet_train.training import ranks, worker
 from bitnet_train.training.module import TrainingModule, tokens_of
+from bitnet_train.training.run import run as run_training
 from bitnet_train.training.sharding import whole
+from tests.faults import limited
 from tests.support import ROOT
 
 
@@ -38,12 +46,14 @@ class Job:
         overrides: of its configuration.
         copy_of: the directory of an earlier run to begin with, without its result.
         without: checkpoints of this step and later ones are left out of the copy.
+        fails: the run is to fail, and every rank leaves the reason in `failure-RANK`.
     """
 
     run_dir: str
     overrides: list[str] = field(default_factory=list)
     copy_of: str | None = None
     without: int | None = None
+    fails: bool = False
 
     def prepare(self) -> None:
         """Makes the copy; one rank calls it."""
@@ -81,70 +91,92 @@ class Record(L.Callback):
             file.write(json.dumps([pl_module.step, tokens_of(batch).input_ids[:, :24].tolist()]) + "\n")
 
 
-def start(folder: Path, count: int, jobs: Sequence[Job], timeout: float = 600.0) -> None:
-    """Does the jobs with `count` processes."""
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_RUN_ID": "test",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": "0",
-    }
-    command = [sys.executable, "-m", "tests.group", str(folder)]
-    logs = [(folder / f"log-{rank}").open("w+") for rank in range(count)]
-    processes = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log, cwd=folder
+class Groups:
+    """Groups of ranks in a folder, one after the other; a context manager that leaves no process.
+
+    Args:
+        folder: where they work; rank N of the last group writes `log-N`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.group"], env=environment, cwd=folder, stdin=PIPE, stdout=PIPE, text=True
         )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for log in logs:
-        log.seek(0)
-    assert codes == [0] * count, "\n".join(log.read()[-4000:] for log in logs)
+
+    def __enter__(self) -> "Groups":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def do(self, count: int, jobs: Sequence[Job]) -> None:
+        """Does the jobs with `count` ranks."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([count, [asdict(job) for job in jobs]]), file=self.process.stdin, flush=True)
+        codes = json.loads(self.process.stdout.readline())
+        logs = [self.folder / f"log-{rank}" for rank in range(count)]
+        assert codes == [0] * count, "\n".join(log.read_text()[-4000:] for log in logs)
 
 
 def run(job: Job) -> None:
     """A job in this process, which may be a rank."""
-    from hydra import compose, initialize_config_dir
-
-    from bitnet_train import config as configuration
-    from bitnet_train.training.run import run as run_training
-
     configuration.register()
     ranks.on_first(job.prepare)
     Path(job.run_dir).mkdir(exist_ok=True)
     with initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
         config = compose("train", [*job.overrides, f"run_dir={job.run_dir}"])
-    run_training(configuration.run_config(config), config, Path(job.run_dir))
+    try:
+        with limited(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY):
+            run_training(configuration.run_config(config), config, Path(job.run_dir))
+    except RunFailed as failure:
+        if not job.fails:
+            raise
+        Path(job.run_dir, f"failure-{ranks.rank()}").write_text(str(failure))
 
 
-def _main(folder: Path) -> None:
-    with ranks.joined(600.0):
-        for job in json.loads((folder / "jobs.json").read_text()):
-            print("JOB", job["run_dir"], flush=True)
-            run(Job(**job))
+def _group(count: int, jobs: Sequence[Job]) -> list[int]:
+    """Does the jobs in forks of this process; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ["LAUNCHER_PID"] = str(os.getpid())
+    pids = [os.fork() or _rank(rank, count, port, jobs) for rank in range(count)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def _rank(rank: int, count: int, port: int, jobs: Sequence[Job]) -> NoReturn:
+    """A rank of several; a process that stands alone is none."""
+    worker.die_with_the_parent()
+    if count > 1:
+        os.environ |= {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+    log = os.open(f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    try:
+        with ranks.joined(600.0):
+            for job in jobs:
+                print("JOB", job.run_dir, flush=True)
+                run(job)
+    except BaseException:
+        traceback.print_exc()
+        worker.leave(1)
+    worker.leave(0)
 
 
 if __name__ == "__main__":
-    try:
-        _main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    else:
-        code = 0
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(code)
+    for line in sys.stdin:
+        count, jobs = json.loads(line)
+        print(json.dumps(_group(count, [Job(**job) for job in jobs])), flush=True)

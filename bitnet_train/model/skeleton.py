@@ -1,9 +1,10 @@
-"""Decoders whose values come from elsewhere: built without drawing random numbers, or without memory at all."""
+"""Decoders that are not built as they stand: without random numbers, without memory, or with some of their rows."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitnet_train.model.config import BitNetConfig
@@ -23,6 +24,45 @@ class uninitialized(TorchFunctionMode):  # noqa: N801  # a context manager
         if getattr(func, "__module__", None) == torch.nn.init.__name__:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+class own_rows(TorchFunctionMode):  # noqa: N801  # a context manager
+    """Within it only some rows of a matrix get values; the others take no memory, as nobody writes to it.
+
+    The functions of torch.nn.init draw a matrix whole, all of them into the same memory, so that the values are those
+    of a decoder that is built as it stands. Of what is copied into a parameter, the rows are taken.
+
+    Args:
+        rows: of a matrix with so many rows, those that get values.
+    """
+
+    def __init__(self, rows: Callable[[int], range]) -> None:
+        super().__init__()
+        self.rows = rows
+        self._drawn = torch.empty(0)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        target = args[0] if args else options.get("tensor")
+        initialises = getattr(func, "__module__", None) == torch.nn.init.__name__
+        if not isinstance(target, nn.Parameter) or target.ndim < 2 or not (initialises or func is Tensor.copy_):
+            return func(*args, **options)
+        options.pop("tensor", None)
+        whole = func(self._memory_for(target), *args[1:], **options) if initialises else args[1]
+        rows = self.rows(len(target))
+        target.data[rows.start : rows.stop] = whole[rows.start : rows.stop]
+        return target
+
+    def _memory_for(self, target: Tensor) -> Tensor:
+        if len(self._drawn) < target.numel():
+            self._drawn = torch.empty(target.numel())
+        return self._drawn[: target.numel()].view(target.shape)
 
 
 def skeleton(config: BitNetConfig) -> BitNetForCausalLM:

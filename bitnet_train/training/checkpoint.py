@@ -105,15 +105,24 @@ def settle(folder: Path, keep_last: int, keep_best: int) -> None:
 
 
 def _write_state(file: Path, state: dict[str, Any]) -> None:
-    """torch reports what the stream refused as a RuntimeError of its own."""
-    with file.open("wb") as stream:
-        try:
-            torch.save(state, stream)
-        except RuntimeError as error:
-            refused = error.__context__
-            if not isinstance(refused, OSError):
-                refused = OSError(errno.EIO, str(error).splitlines()[0], str(file))
-            raise refused from None
+    with file.open("wb") as stream, refusals(file):
+        torch.save(state, stream)
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What a stream refuses in the block, torch reports as a RuntimeError of its own.
+
+    Raises:
+        OSError: the refusal.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        refused = error.__context__
+        if not isinstance(refused, OSError):
+            refused = OSError(errno.EIO, str(error).splitlines()[0], str(path))
+        raise refused from None
 
 
 def _link(link: Path, target: Path) -> None:

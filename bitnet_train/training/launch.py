@@ -32,7 +32,7 @@ from bitnet_train.config import RunConfig
 from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.signals import StopRequested, handled_by
-from bitnet_train.training.status import read_status, write_status
+from bitnet_train.training.status import read_status, report_status
 from bitnet_train.training.worker import own_rank
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
             raise RunFailed(message.removeprefix("RunFailed: "))
     if failures:
         reason = _reason(failures, ranks.stuck)
-        write_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
+        report_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
         raise RunFailed(f"{reason}; start the same command again: it goes on from step {_saved_step(run_dir)}")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.training import ranks
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,25 @@ class RunLock:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[RunLock]:
-    """Holds the lock for as long as the block runs; the first rank holds it for all."""
+    """Holds the lock for as long as the block runs; the first rank holds it for all.
+
+    Raises:
+        RunFailed: in the block a file was missing, and so is the directory.
+    """
     lock = RunLock(run_dir)
     with lock.file:
         ranks.on_first(lock.take)
-        yield lock
+        try:
+            yield lock
+        except OSError as error:
+            _blame_what_vanished(lock, error)
+            raise
+
+
+def _blame_what_vanished(lock: RunLock, error: OSError) -> None:
+    try:
+        lock.check()
+    except OSError as vanished:
+        raise RunFailed(
+            f"{vanished.strerror}: {vanished.filename} ({error}); see who removes it, then start the same command again"
+        ) from None

@@ -1,6 +1,6 @@
-"""Out of memory, said in one line: how large a step was, and the settings that make it smaller."""
+"""Out of memory, said in one line: what was too large, and the settings that make it smaller."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,11 @@ from bitnet_train.training.module import TrainingModule
 
 
 @contextmanager
-def explained(module: TrainingModule) -> Iterator[None]:
+def explained(what: Callable[[], str]) -> Iterator[None]:
     """Turns the ways in which torch says that memory has run out into one.
+
+    Args:
+        what: says what there was no memory for, and what takes less.
 
     Raises:
         RunFailed: memory has run out.
@@ -22,11 +25,26 @@ def explained(module: TrainingModule) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        rows, length = module.batch_shape or (0, 0)
-        raise RunFailed(
-            f"step {module.step}: out of memory on rank {ranks.rank()}, with micro-batches of {rows} rows of {length} "
-            "positions; lower micro_batch_size or data.sequence_length, or set execution.activation_checkpointing=full"
-        ) from None
+        raise RunFailed(f"out of memory on rank {ranks.rank()}, {what()}") from None
+
+
+def building() -> str:
+    """Of a run that has not begun."""
+    return (
+        "while the model is built; take a smaller model=, share it out with trainer=fsdp, or keep smaller moments with "
+        "optimizer=adamw_8bit"
+    )
+
+
+def training(module: TrainingModule) -> str:
+    """Of a step; before the first one, of a model on its way to its device."""
+    if module.batch_shape is None:
+        return building()
+    rows, length = module.batch_shape
+    return (
+        f"in step {module.step} with micro-batches of {rows} rows of {length} positions; lower micro_batch_size or "
+        "data.sequence_length, or set execution.activation_checkpointing=full"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

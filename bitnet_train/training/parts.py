@@ -3,7 +3,9 @@
 import json
 import logging
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import source_folder
+from bitnet_train.model.skeleton import own_rows
 from bitnet_train.model.start import start_from, starting_config
 from bitnet_train.optim import ByTarget, OptimizerConfig
 from bitnet_train.stages.base import Stage
 from bitnet_train.stages.dpo import DirectPreference
-from bitnet_train.training import ranks
+from bitnet_train.training import out_of_memory, ranks
 from bitnet_train.training.loggers import JsonlLogger
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.sharding import share
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +74,11 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
 
     Raises:
         UserError: the configuration or the data is wrong.
+        RunFailed: there is no memory for the model.
     """
     seed_everything(settings.seed)
-    model, tokenizer = _start(settings.init_from, config.data.tokenizer, config, run_dir)
+    with out_of_memory.explained(out_of_memory.building), _built_for(config.trainer):
+        model, tokenizer = _start(settings.init_from, config.data.tokenizer, config, run_dir)
     if config.data.sequence_length is None:
         config.data.sequence_length = model.config.max_position_embeddings
     data_config = configuration.build(config.data, "data")
@@ -91,6 +97,13 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     if not ranks.is_first():  # the weights are the same on every rank, dropout is not
         seed_everything(settings.seed + ranks.rank())
     return Parts(settings, run_dir, tokenizer, data, module, JsonlLogger(run_dir / "metrics.jsonl"))
+
+
+def _built_for(trainer: DictConfig) -> AbstractContextManager[object]:
+    """Where weights are going to be sharded, no rank holds more than its rows of them and one whole matrix."""
+    if trainer.get("strategy") != "fsdp" or ranks.count() == 1:
+        return nullcontext()
+    return own_rows(partial(share, rank=ranks.rank(), count=ranks.count()))
 
 
 def seed_everything(seed: int) -> None:

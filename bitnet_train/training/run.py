@@ -33,7 +33,7 @@ from bitnet_train.training.parts import Parts, build, print_plan
 from bitnet_train.training.saving import Saver
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
 from bitnet_train.training.state import Found, Restore, collect
-from bitnet_train.training.status import write_status
+from bitnet_train.training.status import report_status, write_status
 from bitnet_train.training.trainer import make_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _train(parts: Parts, fit: Callable[[], str], saver: Saver) -> None:
     run_dir = parts.run_dir
     _report(run_dir, "running", parts.module.step)
     try:
-        with out_of_memory.explained(parts.module):
+        with out_of_memory.explained(lambda: out_of_memory.training(parts.module)):
             unsaved = fit()
         _finish(parts, unsaved)
     except StopRequested as stop:
@@ -113,11 +113,8 @@ def _check_saved(saver: Saver, reason: str) -> None:
 
 def _report(run_dir: Path, state: str, step: int, reason: str = "") -> None:
     """The first rank writes status.json, if it can."""
-    try:
-        if ranks.is_first():
-            write_status(run_dir, state, step, reason)
-    except OSError as error:
-        log.warning("status.json cannot be written (%s)", error)
+    if ranks.is_first():
+        report_status(run_dir, state, step, reason)
 
 
 def _resume(parts: Parts) -> Found | None:

@@ -16,13 +16,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from bitnet_train.formats.shards import State, split
 from bitnet_train.training import checkpoint, ranks
 
 log = logging.getLogger(__name__)
+
+
+class _Writer(FileSystemWriter):
+    """Says why a rank could not write: the others are told the exception alone, without its cause."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        with checkpoint.refusals(Path(self.path)):
+            return super().write_data(plan, planner)
 
 
 class Saver:
@@ -72,7 +83,7 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         written = async_save(
             tensors,
-            storage_writer=FileSystemWriter(temporary),
+            storage_writer=_Writer(temporary),
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),
             process_group=self._group,
         )

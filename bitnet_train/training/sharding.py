@@ -33,7 +33,7 @@ def shard(root: nn.Module, model: BitNetForCausalLM, mesh: DeviceMesh, entries: 
 
     Args:
         root: the module whose methods run the decoder.
-        model: the decoder inside it, the same on every rank.
+        model: the decoder inside it; of its matrices a rank needs the rows that it is going to keep.
         mesh: one dimension, all ranks.
         entries: the names of these methods: the root's own weights are gathered while one of them runs.
     """
@@ -78,10 +78,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share(length: int, rank: int, count: int) -> range:
+    """The rows that one of `count` ranks keeps, by number: all but the last keep equally many, some of those none."""
+    most = -(-length // count)
+    return range(min(rank * most, length), min((rank + 1) * most, length))
+
+
 def rows_of(tensor: DTensor, rank: int) -> range:
-    """The numbers of the rows that a rank keeps: all but the last ranks keep equally many, some of those none."""
-    most = -(-len(tensor) // tensor.device_mesh.size())
-    return range(min(rank * most, len(tensor)), min((rank + 1) * most, len(tensor)))
+    """The numbers of the rows of a sharded tensor that a rank keeps."""
+    return share(len(tensor), rank, tensor.device_mesh.size())
 
 
 def total(value: Tensor, like: Tensor) -> Tensor:

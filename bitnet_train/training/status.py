@@ -1,8 +1,11 @@
 """status.json: how far a run is, and how it ended. Schedulers, sweeps and people read it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
@@ -10,6 +13,14 @@ def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None
     temporary = run_dir / ".status.json.tmp"
     temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason}))
     temporary.replace(run_dir / "status.json")
+
+
+def report_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
+    """The same, where there are worse things to tell than that it could not be written."""
+    try:
+        write_status(run_dir, state, step, reason)
+    except OSError as error:
+        log.warning("status.json cannot be written (%s)", error)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

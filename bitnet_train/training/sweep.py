@@ -10,6 +10,7 @@ of the same sweep.
 """
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -20,9 +21,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.status import read_status
+
+log = logging.getLogger(__name__)
 
 _OUTCOME, _TABLE = "outcome.json", "sweep.json"
 _BY_SEVERITY = (EXIT_REQUEUE, EXIT_FAILURE, EXIT_USER_ERROR)  # a sweep that was stopped is to be started again
@@ -48,9 +51,16 @@ class Row:
 
 
 def write_outcome(run_dir: Path, code: int, reason: str) -> None:
-    """How a job ended."""
-    with atomic_file(run_dir / _OUTCOME) as temporary:
-        temporary.write_text(json.dumps({"code": code, "reason": reason}))
+    """How a job ended. A job whose folder cannot be written does not end the sweep."""
+    _write(run_dir / _OUTCOME, {"code": code, "reason": reason})
+
+
+def _write(file: Path, value: object) -> None:
+    try:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(value, indent=1))
+    except (OSError, UserError) as error:
+        log.warning("%s cannot be written (%s)", file, error)
 
 
 def last_value(run_dir: Path, metric: str) -> float | None:
@@ -93,8 +103,7 @@ def conclude(run_dirs: list[Path]) -> int:
     found = [path for path in folder.glob("*") if path.name.isdigit() and (path / ".hydra").is_dir()]
     folders = {path.resolve() for path in [*found, *run_dirs]}
     rows = [_row(path, metric) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
-    with atomic_file(folder / _TABLE) as temporary:
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    _write(folder / _TABLE, [asdict(row) for row in rows])
     print(format_table(rows, metric))
     return exit_code(rows)
 
@@ -106,17 +115,25 @@ def _row(folder: Path, metric: str) -> Row:
         outcome = json.loads((folder / _OUTCOME).read_text())
     except FileNotFoundError:
         outcome = {"code": EXIT_FAILURE, "reason": "did not end"}
-    overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra/overrides.yaml"))
     state = {0: "done", EXIT_REQUEUE: "requeue"}.get(outcome["code"], "failed")
     return Row(
         folder.name,
-        [str(override) for override in overrides] if isinstance(overrides, list) else [],
+        _overrides(folder),
         state,
         status["step"],
         last_value(folder, metric),
         outcome["code"],
         outcome["reason"],
     )
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What a job tried; nothing is known of one whose folder has vanished."""
+    try:
+        overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra/overrides.yaml"))
+    except FileNotFoundError:
+        return []
+    return [str(override) for override in overrides] if isinstance(overrides, list) else []
 
 
 def format_table(rows: list[Row], metric: str) -> str:

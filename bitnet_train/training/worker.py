@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 def main() -> NoReturn:
     """Ends by `os._exit`: gloo aborts now and then while the interpreter is taken down."""
-    _die_with_the_parent()
+    die_with_the_parent()
     code = outcome(lambda: _run(Path(sys.argv[1]), Path(sys.argv[2])))
     leave(code)
 
@@ -45,7 +45,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _die_with_the_parent() -> None:
+def die_with_the_parent() -> None:
     """The kernel kills this process when its parent dies, however that happens: no rank goes on alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -69,20 +69,29 @@ def outcome(job: Callable[[], None]) -> int:
 
 
 def _run(file: Path, run_dir: Path) -> None:
-    first = os.environ["RANK"] == "0"
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if first:
-        handlers.append(logging.FileHandler(run_dir / "train.log"))
-    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.WARNING, handlers=handlers)
+    try:
+        _log_into(run_dir)
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunFailed(f"run_dir={run_dir}: {error}; see who removes it, then start the same command again") from None
 
     from omegaconf import DictConfig, OmegaConf
 
     from bitnet_train.config import run_config
     from bitnet_train.training.run import run
 
-    config = OmegaConf.load(file)
+    config = OmegaConf.create(text)
     assert isinstance(config, DictConfig)
     run(run_config(config), config, run_dir)
+
+
+def _log_into(run_dir: Path) -> None:
+    """The first rank logs to run_dir/train.log as well, the others say only what is wrong."""
+    first = os.environ["RANK"] == "0"
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if first:
+        handlers.append(logging.FileHandler(run_dir / "train.log"))
+    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.WARNING, handlers=handlers)
 
 
 if __name__ == "__main__":

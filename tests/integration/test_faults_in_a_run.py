@@ -27,6 +27,8 @@ from tests.faults import limited
 from tests.runs import metrics
 from tests.support import TINY_PRETRAIN, environment, text_rows, write_corpus, write_jsonl
 
+pytestmark = pytest.mark.fault
+
 RUN = [
     *TINY_PRETRAIN,
     "model.num_hidden_layers=1",
@@ -310,11 +312,20 @@ def test_out_of_memory_is_one_line_and_a_sweep_goes_on(run: Run) -> None:
         ended = run("sweep", *sizes, "max_steps=1", "data.val=null")
     assert ended.code == 1
     line = next(line for line in ended.said.splitlines() if "out of memory" in line)
-    assert "step 0: out of memory on rank 0, with micro-batches of 16384 rows of 64 positions" in line
+    assert "out of memory on rank 0, in step 0 with micro-batches of 16384 rows of 64 positions" in line
     assert "lower micro_batch_size or data.sequence_length, or set execution.activation_checkpointing=full" in line
     assert "Traceback" not in ended.said
     states = [json.loads((ended.run_dir / job / "status.json").read_text())["state"] for job in ("0", "1")]
     assert states == ["failed", "done"]
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line(run: Run) -> None:
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with limited(resource.RLIMIT_AS, in_use + (1 << 29)):
+        ended = run("too-large", "model.vocab_size=4000000")
+    assert ended.code == 1
+    (line,) = ended.said.strip().splitlines()
+    assert "out of memory on rank 0, while the model is built; take a smaller model=" in line
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_line(run: Run) -> None:

@@ -17,6 +17,8 @@ import pytest
 from tests.runs import metrics
 from tests.support import TINY_PRETRAIN, environment, train, write_corpus
 
+pytestmark = pytest.mark.fault
+
 TWO = [
     *TINY_PRETRAIN,
     "trainer=ddp",

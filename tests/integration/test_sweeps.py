@@ -43,6 +43,7 @@ def rows(sweep_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
+@pytest.mark.fault
 def test_failed_jobs_do_not_end_a_sweep(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_same_sweep_again_finds_what_is_done(folder: Path, monkeypatch: pyte
     assert rows(folder / "again") == first
 
 
+@pytest.mark.fault
 def test_a_signal_stops_the_sweep_and_not_only_the_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitnet_train.training.run.build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert command(folder, monkeypatch, "-m", *JOB, "run_dir=stopped", "seed=0,1") == 85
@@ -99,14 +101,17 @@ def test_optuna_searches_with_two_ranks_per_job(folder: Path) -> None:
     assert rates[0] != rates[1]
 
 
+@pytest.mark.fault
 def test_a_failed_trial_is_not_the_end_of_a_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     code = command(
         folder, monkeypatch, *JOB, "hparams_search=optuna", "run_dir=nan", "hydra.sweeper.n_trials=3",
-        "seed=choice(0,1)", HARM,
+        "hydra.sweeper.params=null", "seed=choice(0,1)", HARM,
     )  # fmt: skip
+    table = rows(folder / "nan")
     assert code == 1
-    assert [row["state"] for row in rows(folder / "nan")] == ["done", "failed", "failed"]
+    assert [row["state"] for row in table] == ["done", "failed", "failed"]
+    assert not [word for row in table for word in row["overrides"] if word.startswith("schedule.peak")]
 
 
 def wait_for(condition: Any) -> None:
@@ -116,6 +121,7 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.fault
 def test_a_slurm_job_at_its_time_limit_is_queued_again(folder: Path, tmp_path: Path) -> None:
     """Two jobs of an array, the first of which is warned while it trains."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -147,6 +153,7 @@ if [ $? -eq 85 ]; then scontrol requeue $SLURM_JOB_ID; fi
 """
 
 
+@pytest.mark.fault
 def test_a_batch_script_with_srun_is_queued_again(folder: Path, tmp_path: Path) -> None:
     variables = environment() | install(tmp_path, "SIGUSR1")
     arguments = " ".join([*JOB, *SLOW, *TWO_RANKS, "max_steps=8", "schedule.warmup_steps=1"])
@@ -179,3 +186,17 @@ def test_only_the_warning_of_a_time_limit_queues_a_job_again(tmp_path: Path, mon
     assert not list(tmp_path.glob("requeue-*"))
     sweep.requeue("SIGUSR2")
     assert (tmp_path / "requeue-7").exists()
+
+
+@pytest.mark.fault
+def test_jobs_whose_folders_vanished_have_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "started", [(tmp_path / "sweep", "val/loss")])
+    sweep.write_outcome(tmp_path / "sweep/0", 1, "the run directory has vanished")
+    assert sweep.conclude([tmp_path / "sweep/0", tmp_path / "sweep/1"]) == 1
+    assert [(row["state"], row["reason"]) for row in rows(tmp_path / "sweep")] == [
+        ("failed", "the run directory has vanished"),
+        ("failed", "did not end"),
+    ]
+    assert "did not end" in capsys.readouterr().out

@@ -120,6 +120,7 @@ def test_a_run_that_is_done_does_nothing_more(data: Path, pretrained: Path) -> N
     assert (pretrained / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("step", [4, 9])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(data: Path, pretrained: Path, step: int) -> None:
     run_dir = data / f"killed-{step}"
@@ -133,6 +134,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data: Path, pretra
     assert without_rates(metrics(run_dir)) == without_rates(metrics(pretrained))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
 def test_stopped_on_request_it_saves_and_goes_on(data: Path, pretrained: Path, how: str) -> None:
     run_dir = data / f"stopped-{how}"
@@ -150,6 +152,7 @@ def test_stopped_on_request_it_saves_and_goes_on(data: Path, pretrained: Path, h
     assert same_model(run_dir, pretrained)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_checkpoint_is_set_aside(data: Path, pretrained: Path, damage: str) -> None:
     run_dir = data / f"damaged-{damage}"
@@ -165,6 +168,7 @@ def test_a_damaged_checkpoint_is_set_aside(data: Path, pretrained: Path, damage:
     assert (run_dir / "checkpoints/step-000012.bad").is_dir()
 
 
+@pytest.mark.fault
 def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
     changed = ["seed=1", "global_batch_size=8", "quantization_warmup_steps=5"]
     result = train(*PRETRAIN, "run_dir=whole", *changed, cwd=data)
@@ -188,6 +192,7 @@ def test_starting_anew_does_not_end_in_the_old_run(data: Path, pretrained: Path)
     assert same_model(run_dir, pretrained)
 
 
+@pytest.mark.fault
 def test_two_runs_in_one_directory_are_refused(data: Path) -> None:
     first = start(data, *PRETRAIN, "run_dir=shared", "max_steps=400")
     wait_for_step(data / "shared", 1)
@@ -318,6 +323,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (bad / "bad/checkpoints").exists()
 
 
+@pytest.mark.fault
 def test_a_signal_before_training_is_a_stop_too(
     bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("function", ["atomic_file", "atomic_folder"])
 def test_a_kill_leaves_the_old_one(tmp_path: Path, function: str) -> None:
     target = tmp_path / "target"

@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from bitnet_train.errors import UserError
 from bitnet_train.formats.safe_metadata import METADATA, SafeReader, load_metadata
 
+pytestmark = pytest.mark.fault
+
 TENSORS = {
     "weight": torch.arange(12.0).view(3, 4),
     "codes": torch.ones(5, dtype=torch.int8),

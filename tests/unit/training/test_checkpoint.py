@@ -15,6 +15,8 @@ from bitnet_train.errors import UserError
 from bitnet_train.training import checkpoint
 from tests.faults import limited
 
+pytestmark = pytest.mark.fault
+
 
 def state(step: int) -> dict[str, Any]:
     return {"identity": {"seed": 0}, "step": step, "model": {"w": torch.full((3,), float(step))}}

@@ -15,6 +15,8 @@ from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.training import ranks
 from bitnet_train.training.guard import StepGuard
 
+pytestmark = pytest.mark.fault
+
 ORDER = MicroBatches(count=50, seed=0, global_batch_size=8, micro_batch_size=2, steps=9, rank=0, ranks=1)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from torch.distributed.elastic.multiprocessing import ProcessFailure
+from torch.distributed.elastic.multiprocessing import ProcessFailure, RunProcsResult
 
-from bitnet_train.errors import UserError
-from bitnet_train.training import launch
+from bitnet_train.errors import RunFailed, UserError
+from bitnet_train.training import launch, worker
 from bitnet_train.training.signals import StopRequested, stop_on_signals
+
+pytestmark = pytest.mark.fault
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
 WAITED = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation"
@@ -49,6 +51,21 @@ def test_the_rank_to_blame_is_named(tmp_path: Path, case: str, caplog: pytest.Lo
         reason = launch._reason(failures, stuck)
     assert reason.startswith(expected)
     assert ("Traceback of" in caplog.text) == ("OSError" in expected)  # an exception is shown, and only the one
+
+
+def test_a_run_directory_that_vanished_hides_no_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failures = {0: failure(tmp_path, 0, -9), 1: failure(tmp_path, 1, 1, LOST)}
+    with pytest.raises(RunFailed, match=r"rank 0 \(process 100\) was ended by SIGKILL .* goes on from step 0"):
+        launch._conclude(launch.Ranks(2, (), 0, str(tmp_path)), RunProcsResult(failures=failures), tmp_path / "gone")
+    assert "status.json cannot be written" in caplog.text
+
+
+def test_a_rank_whose_run_directory_vanished_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RunFailed, match=f"run_dir={tmp_path}/gone: .*No such file or directory: .*; see who removes"):
+        worker._run(tmp_path / "gone/.hydra/resolved.yaml", tmp_path / "gone")
 
 
 @pytest.mark.parametrize(

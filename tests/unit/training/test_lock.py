@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.training.lock import locked
+
+pytestmark = pytest.mark.fault
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
@@ -43,6 +45,22 @@ def test_a_directory_that_vanished_or_was_replaced_is_noticed(tmp_path: Path) ->
         shutil.rmtree(run_dir)
         (tmp_path / "moved").rename(run_dir)
         lock.check()
+
+
+def test_what_is_missing_in_a_directory_that_vanished_is_said_as_such(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    def work(clear: Path) -> None:
+        with locked(run_dir):
+            shutil.rmtree(clear)
+            (run_dir / "reports/last").write_text("")
+
+    (run_dir / "old").mkdir()
+    with pytest.raises(FileNotFoundError):
+        work(clear=run_dir / "old")
+    with pytest.raises(RunFailed, match=f"the run directory has vanished: {run_dir} .*reports/last"):
+        work(clear=run_dir)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line() -> None:

@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from bitnet_train.training import checkpoint
 from bitnet_train.training.saving import commit
 
+pytestmark = pytest.mark.fault
+
 
 def begun(target: Path) -> ExitStack:
     stack = ExitStack()

@@ -100,7 +100,7 @@ class Groups:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LAUNCHER_PID": str(os.getpid())}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.group"], env=environment, cwd=folder, stdin=PIPE, stdout=PIPE, text=True
         )
@@ -177,6 +177,7 @@ def _rank(rank: int, count: int, port: int, jobs: Sequence[Job]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    worker.die_with_the_parent()
     for line in sys.stdin:
         count, jobs = json.loads(line)
         print(json.dumps(_group(count, [Job(**job) for job in jobs])), flush=True)

@@ -107,6 +107,7 @@ def _built_for(trainer: DictConfig) -> AbstractContextManager[object]:
 
 
 def seed_everything(seed: int) -> None:
+    """Starts the generators of Python, NumPy and torch from a seed."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

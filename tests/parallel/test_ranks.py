@@ -18,7 +18,7 @@ from tests.group import Groups, Job
 from tests.runs import metrics
 from tests.support import chat_rows, preference_rows, text_rows, tiny_tokenizer, write_jsonl
 
-STEPS = 20
+STEPS, SAVED, STOPPED = 20, 7, 14  # of a run; of the checkpoint that others go on from, and where they stop
 RUN = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
@@ -78,11 +78,11 @@ def once(stage: str, way: str, size: int, ranks: int = 2) -> Job:
 
 
 def saving(name: str, way: str, ranks: int, copy_of: str | None = None, fault: str | None = None) -> Job:
-    """A run of pretrain that saves after steps 7, 14 and 20, or the rest of one that was killed after step 7."""
+    """A run of pretrain that saves twice, or the rest of one that was killed after its first checkpoint."""
     callback = f"+callbacks.harm={fault}" if fault else "+callbacks.record._target_=tests.group.Record"
-    options = [f"max_steps={STEPS}", "micro_batch_size=1", "checkpoint_every=7", "keep_last=0", callback, *WAYS[way]]
-    whole = job(name, "pretrain", ranks, *options)
-    return Job(name, whole.overrides, copy_of, without=None if copy_of is None else 8, fails=fault is not None)
+    length = [f"max_steps={STOPPED}", f"checkpoint_every={SAVED}", "keep_last=0"]
+    whole = job(name, "pretrain", ranks, *length, "micro_batch_size=1", callback, *WAYS[way])
+    return Job(name, whole.overrides, copy_of, without=None if copy_of is None else SAVED + 1, fails=fault is not None)
 
 
 def composed(name: str) -> Job:
@@ -99,9 +99,9 @@ def muon(way: str, copy_of: str | None = None) -> Job:
 
 
 def harmed(way: str, rank: int) -> list[Job]:
-    """Runs that go on from step 7: a step of no numbers, a disk that stays full, and then nothing more."""
-    nan = f"{{_target_: tests.faults.NotANumber, step: 9, rank: {rank}}}"
-    full = f"{{_target_: tests.faults.FullDisk, first: 10, last: 99, rank: {rank}}}"
+    """Runs that go on from the checkpoint: a step of no numbers, a disk that stays full, and then nothing more."""
+    nan = f"{{_target_: tests.faults.NotANumber, step: {SAVED + 1}, rank: {rank}}}"
+    full = f"{{_target_: tests.faults.FullDisk, first: {SAVED + 1}, last: 99, rank: {rank}}}"
     return [
         saving(f"nan-{way}", way, 2, f"whole-{way}", nan),
         saving(f"full-{way}", way, 2, f"nan-{way}", full),
@@ -121,7 +121,7 @@ ALONE = [
     *(once(stage, "ddp", 8, 1) for stage in STAGES),
     job("start", "pretrain", 1, *ONCE, "trainer=auto", "micro_batch_size=8", "schedule.peak_lr=0.0"),
 ]
-SAVED = [
+SAVING = [
     *(saving(f"whole-{way}", way, 2) for way in WAYS),
     *(saving(f"again-{way}", way, 2, f"whole-{way}") for way in WAYS),
     saving("ddp-to-fsdp", "fsdp", 2, "whole-ddp"),
@@ -156,7 +156,7 @@ def folder(groups: Groups) -> Path:
 @pytest.fixture(scope="module")
 def saved(groups: Groups) -> Path:
     """Runs of two ranks that save, go on, and are harmed."""
-    groups.do(2, SAVED)
+    groups.do(2, SAVING)
     return groups.folder
 
 
@@ -253,8 +253,8 @@ def failures(run_dir: Path) -> list[str]:
 def test_no_rank_makes_an_update_of_what_another_could_not_compute(saved: Path, way: str) -> None:
     first, second = failures(saved / f"nan-{way}")
     assert first == second
-    assert f"step 9: the loss of rank {HARMED[way]}, micro-batch 0 is nan (samples " in first
-    assert {path.name for path in (saved / f"nan-{way}/checkpoints").glob("step-*")} == {"step-000007"}
+    assert f"step {SAVED + 1}: the loss of rank {HARMED[way]}, micro-batch 0 is nan (samples " in first
+    assert {path.name for path in (saved / f"nan-{way}/checkpoints").glob("step-*")} == {f"step-{SAVED:06}"}
 
 
 @pytest.mark.fault
@@ -264,7 +264,7 @@ def test_a_disk_that_is_full_for_one_rank_costs_checkpoints_and_nothing_else(sav
     first, second = failures(harmed)
     assert first == second
     assert "the run has come to its end, but not all of it could be written: File too large" in first
-    assert {path.name for path in (harmed / "checkpoints").iterdir()} == {"step-000007", "last"}
+    assert {path.name for path in (harmed / "checkpoints").iterdir()} == {f"step-{SAVED:06}", "last"}
     assert not (harmed / "model").exists()
     assert logged(harmed, "train/loss") == logged(saved / f"whole-{way}", "train/loss")
     assert torch.equal(vector(mended), vector(saved / f"whole-{way}"))
@@ -272,9 +272,9 @@ def test_a_disk_that_is_full_for_one_rank_costs_checkpoints_and_nothing_else(sav
 
 
 def rows(run_dir: Path) -> list[list[list[int]]]:
-    """The rows of every step after the seventh, sorted: ranks deal them out among themselves."""
+    """The rows of every step after the checkpoint, sorted: ranks deal them out among themselves."""
     lines = [json.loads(line) for file in run_dir.glob("rows-*") for line in file.read_text().splitlines()]
-    return [sorted(row for step, ids in lines if step == number for row in ids) for number in range(7, STEPS)]
+    return [sorted(row for step, ids in lines if step == number for row in ids) for number in range(SAVED, STOPPED)]
 
 
 @pytest.mark.parametrize("other", ["fsdp-to-one", "two-to-four", "four-to-two", "one-to-two"])

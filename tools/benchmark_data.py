@@ -5,6 +5,7 @@
     datasets.map    load_dataset("json").map(encode_batch) to its own arrow cache, a process per core
     trl             SFTTrainer's preparation of the same data set, a process per core (where trl is installed)
     read            rows of the cache through the DataModule's loader, collated, in one process
+    stream          the same without a cache (data.streaming=true), after the count of tokens
 
 python tools/benchmark_data.py [--megabytes 50] [--tokenizer DIR] [--json OUT]
 
@@ -146,9 +147,10 @@ def _tokens(mapped: Any) -> int:
     return sum(len(ids) for batch in mapped.iter(_BATCH) for ids in batch["input_ids"])
 
 
-def read(folder: Path, watch: Stopwatch) -> int:
+def read(folder: Path, watch: Stopwatch, streaming: bool = False) -> int:
     """Batches of 8 rows in the shuffled order, for some seconds, from the cache that `cache` built."""
-    config = TextData(_SEQUENCE_LENGTH, train=str(folder / "corpus.jsonl"), cache_dir=str(folder / "cache"))
+    files = {"train": str(folder / "corpus.jsonl"), "cache_dir": str(folder / "cache")}
+    config = TextData(_SEQUENCE_LENGTH, streaming=streaming, **files)  # type: ignore[arg-type]
     data = DataModule(config, Tokenizer.from_folder(folder / "tokenizer"), 0, 8, 8)
     data.steps = sys.maxsize
     data.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
@@ -159,12 +161,18 @@ def read(folder: Path, watch: Stopwatch) -> int:
     return tokens
 
 
+def stream(folder: Path, watch: Stopwatch) -> int:
+    """Likewise, but every block is read and tokenized when the order comes to it."""
+    return read(folder, watch, streaming=True)
+
+
 WAYS: dict[str, Callable[[Path, Stopwatch], int]] = {
     "encode_batch": encode_batch,
     "cache": cache,
     "datasets.map": datasets_map,
     "trl": trl,
     "read": read,
+    "stream": stream,
 }
 
 

@@ -32,7 +32,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 
 BLOCK_CHARACTERS = 1 << 18
-_SAVE_TOKENS = 1 << 26  # tokens between savings: what a kill can cost, less than a minute of work
+_SAVE_TOKENS = 1 << 26  # tokens between savings: what a kill can cost, a minute of one core
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ def _count(
     files: Sequence[str], encoder: Encoder, path: Path, counting: _Counting, processes: int, bad_rows: str
 ) -> None:
     waiting: deque[tuple[int, Block]] = deque()  # given to the workers, not counted yet
-
     with BuildProgress(files) as progress:
         blocks = _blocks_from(files, counting.blocks[-4:], progress)
         saved = counting.counts.tokens

@@ -29,8 +29,6 @@ from bitnet_train.data.store import Counts
 from bitnet_train.data.workers import encoded_rows
 from bitnet_train.errors import UserError
 
-_ROWS_OF_A_HEAD = 8  # documents that are tokenized together where only the beginning of a block is wanted
-
 Piece = tuple[np.ndarray, np.ndarray]  # tokens, and where documents end in them
 
 
@@ -120,11 +118,11 @@ class TokenStream:
 
     def _head(self, block: int, tokens: int) -> Piece:
         """The beginning of a block, as much of it as has so many tokens."""
-        rows = self._rows(block)
         pieces: list[Piece] = []
-        for first in range(0, len(rows), _ROWS_OF_A_HEAD):
-            pieces.append(self._encoded(rows[first : first + _ROWS_OF_A_HEAD]))
-            if sum(len(found) for found, _ in pieces) >= tokens:
+        for row in self._rows(block):
+            pieces.append(self._encoded([row]))
+            tokens -= len(pieces[-1][0])
+            if tokens <= 0:
                 return joined(pieces)
         raise self._changed(block)
 

@@ -132,7 +132,7 @@ def test_only_the_head_of_a_block_that_a_row_reaches_into_is_tokenized(
         lambda encoder, rows: encoded.append(len(rows)) or original(encoder, rows),
     )
     rows[boundary]
-    assert encoded == [15, 8]
+    assert encoded == [15, 1]
 
 
 # ---- counting ----

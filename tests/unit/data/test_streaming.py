@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-from bitnet_train.data import counting, workers
+from bitnet_train.data import counting, streaming, workers
 from bitnet_train.data.config import TextData
+from bitnet_train.data.encoding import Encoder
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.packing import StreamRows
+from bitnet_train.data.sources import BadRow, Row
 from bitnet_train.data.streaming import StreamedRows, TokenStream
 from bitnet_train.errors import UserError
 from tests.support import sentence, text_rows, tiny_tokenizer, write_jsonl
@@ -127,10 +130,12 @@ def test_only_the_head_of_a_block_that_a_row_reaches_into_is_tokenized(
     boundary = int(stream.starts[1] - 1) // LENGTH
     encoded: list[int] = []
     original = workers.encoded_rows
-    monkeypatch.setattr(
-        "bitnet_train.data.streaming.encoded_rows",
-        lambda encoder, rows: encoded.append(len(rows)) or original(encoder, rows),
-    )
+
+    def noted(encoder: Encoder, rows: Sequence[Row | BadRow]) -> workers.Chunk:
+        encoded.append(len(rows))
+        return original(encoder, rows)
+
+    monkeypatch.setattr(streaming, "encoded_rows", noted)
     rows[boundary]
     assert encoded == [15, 1]
 

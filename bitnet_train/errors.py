@@ -27,6 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Reports a wrong option as every other wrong input: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises the UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -1,6 +1,6 @@
 """What is asked of the C library's allocator."""
 
-import ctypes.util
+import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
@@ -12,8 +12,7 @@ def keep_freed_memory(*, one_arena: bool = False) -> None:
     Args:
         one_arena: what one thread freed serves the others, too; for a few threads that ask for large blocks.
     """
-    libc = ctypes.util.find_library("c")
-    if sys.platform == "linux" and libc is not None and hasattr(glibc := ctypes.CDLL(libc), "mallopt"):
+    if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
         # Older releases refuse more than 32 MB; without it, the second call would make things worse.
         if glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 25):
             glibc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

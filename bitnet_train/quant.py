@@ -55,17 +55,20 @@ def row_sums(weight: Tensor) -> Tensor:
     rows = rows.reshape(len(rows), prod(rows.shape[1:])) if rows.ndim > 1 else rows.reshape(1, -1)
     if native.available(rows) and rows.is_contiguous() and rows.numel():
         return native.absolute_sums(rows, rows.shape[1])
-    step = max(1, _CPU_BLOCK // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
+    in_blocks = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    step = max(1, _CPU_BLOCK // max(1, rows.shape[1]) if in_blocks else len(rows))
     return torch.cat([_folded_sums(block) for block in rows.split(step)])
 
 
 def _folded_sums(rows: Tensor) -> Tensor:
-    """Adds the right half of every row to its left half until one is left: one order on every device."""
-    sums = rows.double().abs_()
+    """Adds the right half of every row to its left half until one is left: one order on every device.
+
+    Not in place: torch.compile takes minutes over slices that are written into slices.
+    """
+    sums = rows.double().abs()
     while (columns := sums.shape[1]) > 1:
         half = (columns + 1) // 2
-        sums[:, : columns - half] += sums[:, half:]
-        sums = sums[:, :half]
+        sums = sums[:, :half] + F.pad(sums[:, half:], (0, 2 * half - columns))
     return sums[:, 0]
 
 

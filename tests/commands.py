@@ -9,7 +9,6 @@ What is not run is checked: training commands compose, tools know the options th
 
 import contextlib
 import io
-import logging
 import re
 import runpy
 import shlex
@@ -135,22 +134,9 @@ def _exits(main: Callable[[], object], argv: Sequence[str]) -> None:
     before, sys.argv = sys.argv, [*argv]
     code: object = 0
     try:
-        with _root_logger_kept():
-            main()
+        main()
     except SystemExit as exit:
         code = exit.code or 0
     finally:
         sys.argv = before
     assert code == 0, argv
-
-
-@contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """A program configures logging for its own process; here its handlers would outlive the streams they write to."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)

@@ -4,9 +4,11 @@ Python's sockets reach loopback only (`--allow-hosts` in pyproject.toml); the va
 libraries, and to the programs that tests start.
 """
 
+import logging
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -43,3 +45,13 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_kept() -> Iterator[None]:
+    """A command configures logging for its own process; in a test its handlers would outlive the captured streams."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

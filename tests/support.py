@@ -28,6 +28,14 @@ TINY = BitNetConfig(
     max_position_embeddings=128,
     rope_theta=10000.0,
 )
+DENSE = {  # of a transformers model; the vocabulary is its own
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 TINY_OVERRIDES = [
     "trainer=cpu",
     "model=tiny",

@@ -19,7 +19,7 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import run_command
 from bitnet_train.evaluation.perplexity import Likelihood, evaluate
 from bitnet_train.export import ExportResult, export, verify
-from bitnet_train.generate import complete
+from bitnet_train.generate import Sampling, complete
 from bitnet_train.model.pretrained import load_for_inference
 
 ROOT = Path("runs/quickstart")
@@ -120,7 +120,8 @@ def _samples(packed: Path, heldout: Path) -> list[tuple[str, str]]:
             rules.append(name)
     model, tokenizer = load_for_inference(packed), Tokenizer.from_folder(packed)
     asked = [question.format(rule=rule) for question, rule in zip(QUESTIONS, rules, strict=False)]
-    return [(q, complete(model, tokenizer, q, chat=True, max_new_tokens=64, temperature=0.7, top_p=0.9)) for q in asked]
+    how = Sampling(temperature=0.7, top_p=0.9)
+    return [(q, complete(model, tokenizer, q, chat=True, max_new_tokens=64, how=how)) for q in asked]
 
 
 def _english() -> Likelihood:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from bitnet_train.labels import IGNORE_INDEX
 
 
 class TokenBatch(NamedTuple):

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from bitnet_train.data.batches import IGNORE_INDEX, PairBatch, TokenBatch
+from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.config import Rows
 from bitnet_train.data.packing import PackedRows, PairRows, StreamRows
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.labels import IGNORE_INDEX
 
 TRAINED, CONTEXT = ("bold green", "bold bright_green"), ("white", "bright_black")  # two shades of each
 

@@ -21,7 +21,7 @@ from bitnet_train.data.sources import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
-from bitnet_train.generate import stream, until
+from bitnet_train.generate import Sampling, stream, until
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import load_for_inference, source_folder
 
@@ -131,8 +131,8 @@ class BitNetLM(LM):  # type: ignore[misc]
     def _generate(self, context: str, options: Mapping[str, Any]) -> str:
         new_tokens = min(options["max_gen_toks"], self.max_length // 2)
         ids = self._context_ids(context)[new_tokens - self.max_length :]
-        sampling = (options.get("temperature", 0.0), options.get("top_p", 1.0), self.generator)
-        pieces = stream(self.model, self.tokenizer, ids, new_tokens, *sampling)
+        how = Sampling(options.get("temperature", 0.0), options.get("top_p", 1.0))
+        pieces = stream(self.model, self.tokenizer, ids, new_tokens, how, self.generator)
         return until(pieces, [string for string in options["until"] if string])
 
 

@@ -20,7 +20,8 @@ from bitnet_train.data.sources import messages_of, read_rows, text_of
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import run_batch
-from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum
+from bitnet_train.labels import IGNORE_INDEX
+from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 _ROWS_AT_ONCE = 4

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet_train.data.batches import IGNORE_INDEX, TokenBatch, TokenRow, collate
+from bitnet_train.data.batches import TokenBatch, TokenRow, collate
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.labels import IGNORE_INDEX
 from bitnet_train.losses.accuracy import is_top1
 from bitnet_train.losses.tokens import token_logps
 from bitnet_train.model.decoder import BitNetForCausalLM

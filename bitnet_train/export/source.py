@@ -40,13 +40,24 @@ class SourceTokenizer(Protocol):
     """What an export takes from a tokenizer, whether files or the keys of a GGUF file hold it."""
 
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """The id in front of every text, if there is one."""
+
     @property
-    def eos_id(self) -> int | None: ...
-    def check(self) -> None: ...
-    def generation_ids(self) -> dict[str, int | list[int]]: ...
-    def gguf_metadata(self) -> dict[str, object]: ...
-    def write(self, folder: Path) -> None: ...
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if there is one."""
+
+    def check(self) -> None:
+        """Raises UserError where the formats cannot hold this tokenizer."""
+
+    def generation_ids(self) -> dict[str, int | list[int]]:
+        """The special ids of generation_config.json."""
+
+    def gguf_metadata(self) -> dict[str, object]:
+        """The tokenizer as keys of a GGUF file."""
+
+    def write(self, folder: Path) -> None:
+        """Writes the tokenizer's files into an HF folder."""
 
 
 @dataclass(frozen=True)

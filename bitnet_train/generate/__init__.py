@@ -8,7 +8,7 @@
 A prompt is a list of ids, whether a text or a conversation made it.
 """
 
-from bitnet_train.generate.sampling import complete, generate, prompt_ids_of, sample, stream, until
+from bitnet_train.generate.sampling import Sampling, complete, generate, prompt_ids_of, sample, stream, until
 from bitnet_train.generate.session import ChatSession
 
-__all__ = ["ChatSession", "complete", "generate", "prompt_ids_of", "sample", "stream", "until"]
+__all__ = ["ChatSession", "Sampling", "complete", "generate", "prompt_ids_of", "sample", "stream", "until"]

@@ -18,7 +18,7 @@ from bitnet_train.data.readers import format_of
 from bitnet_train.data.sources import Row, check_text, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, UserError, run_command
-from bitnet_train.generate.sampling import prompt_ids_of, stream
+from bitnet_train.generate.sampling import Sampling, prompt_ids_of, stream
 from bitnet_train.generate.session import ChatSession
 from bitnet_train.generate.terminal import chat
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -71,7 +71,11 @@ def _main() -> None:
 def _completion(args: argparse.Namespace, model: BitNetForCausalLM, tokenizer: Tokenizer, prompt: str) -> Iterator[str]:
     """What follows a prompt; the same whatever was generated before it."""
     ids, generator = prompt_ids_of(tokenizer, prompt, args.chat, args.system), _generator(args)
-    return stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_p, generator)
+    return stream(model, tokenizer, ids, args.max_new_tokens, _how(args), generator)
+
+
+def _how(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p)
 
 
 def _generator(args: argparse.Namespace) -> torch.Generator:
@@ -102,15 +106,8 @@ def _prompt_rows(file: str) -> Iterator[Row]:
 
 def _session(args: argparse.Namespace, model: BitNetForCausalLM, tokenizer: Tokenizer) -> ChatSession:
     """A chat that leaves room for an answer: of --max-new-tokens, but no more than half of the context."""
-    answer = partial(
-        stream,
-        model,
-        tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        generator=_generator(args),
-    )
+    how = {"max_new_tokens": args.max_new_tokens, "how": _how(args), "generator": _generator(args)}
+    answer = partial(stream, model, tokenizer, **how)
     context = model.config.max_position_embeddings
     return ChatSession(tokenizer, answer, context - min(args.max_new_tokens, context // 2), args.system)
 

@@ -1,6 +1,7 @@
 """Nucleus sampling, one token at a time, with keys and values cached."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,18 +14,28 @@ from bitnet_train.model.attention import KVCache
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from softmax(logits / temperature), cut to the smallest set of ids whose probabilities reach top_p.
+@dataclass(frozen=True)
+class Sampling:
+    """How an id is drawn: from softmax(logits / temperature), cut to the smallest set of ids that reach top_p together.
 
-    Args:
-        logits: float `(vocab,)`.
+    Attributes:
         temperature: 0 takes the most likely id.
         top_p: in (0, 1]; Holtzman et al., nucleus sampling (arXiv 1904.09751).
     """
-    if temperature == 0.0:
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: Tensor, how: Sampling, generator: torch.Generator) -> int:
+    """One id for logits `(vocab,)`, float."""
+    if how.temperature == 0.0:
         return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits.double() / temperature, dim=-1).sort(descending=True, stable=True)
-    inside = probabilities.cumsum(dim=-1) - probabilities < top_p
+    probabilities, ids = torch.softmax(logits.double() / how.temperature, dim=-1).sort(descending=True, stable=True)
+    inside = probabilities.cumsum(dim=-1) - probabilities < how.top_p
     choice = torch.multinomial(probabilities * inside, 1, generator=generator)
     return int(ids[choice])
 
@@ -35,8 +46,7 @@ def generate(
     prompt_ids: list[int],
     stop_ids: Collection[int],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    how: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Yields new ids until a stop id (which is not yielded), max_new_tokens, or the end of the model's context."""
@@ -45,7 +55,7 @@ def generate(
     ids = prompt_ids
     for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(prompt_ids))):
         logits = model(torch.tensor([ids], device=device), cache=cache, logits_to_keep=1)
-        token = sample(logits[0, -1].cpu(), temperature, top_p, generator)
+        token = sample(logits[0, -1].cpu(), how, generator)
         if token in stop_ids:
             return
         yield token
@@ -65,8 +75,7 @@ def stream(
     tokenizer: Tokenizer,
     prompt_ids: list[int],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    how: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
     """The text that `generate` makes, in pieces as they come, until one of the tokenizer's stop tokens.
@@ -77,7 +86,7 @@ def stream(
     context = model.config.max_position_embeddings
     if len(prompt_ids) >= context:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens, the context {context}; shorten it")
-    new = generate(model, prompt_ids, tokenizer.stop_token_ids, max_new_tokens, temperature, top_p, generator)
+    new = generate(model, prompt_ids, tokenizer.stop_token_ids, max_new_tokens, how, generator)
     return tokenizer.decode_stream(new)
 
 
@@ -98,10 +107,9 @@ def complete(
     prompt: str,
     chat: bool,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    how: Sampling = GREEDY,
     seed: int = 0,
 ) -> str:
     """The model's continuation of the prompt, or its answer where `chat` sends the prompt as a user's message."""
     prompt_ids, generator = prompt_ids_of(tokenizer, prompt, chat), torch.Generator().manual_seed(seed)
-    return "".join(stream(model, tokenizer, prompt_ids, max_new_tokens, temperature, top_p, generator))
+    return "".join(stream(model, tokenizer, prompt_ids, max_new_tokens, how, generator))

@@ -94,41 +94,45 @@ template <class X> void source_backward(const X *x, const float *grad, int64_t s
     }
 }
 
+// work(r, buffer) for every r, the rows spread over the threads; `buffer` has room for `size` floats.
+template <class Work> void for_each_row(int64_t rows, int64_t size, Work work) {
+#pragma omp parallel firstprivate(work)
+    {
+        std::vector<float> buffer(size);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) work(r, buffer.data());
+    }
+}
+
 // codes = round(127 v / max|v|) with v = RMSNorm(source(x)), or source(x) where weight is absent.
 template <class X>
 void quantize(const X *x, const float *weight, int64_t rows, int64_t size, float eps, int activation, int8_t *codes,
               float *scale, float *rms) {
     int64_t width = activation == NONE ? size : 2 * size;
-#pragma omp parallel
-    {
-        std::vector<float> buffer(size);
-        float *row = buffer.data();
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows; ++t) {
-            source_row(x + t * width, size, activation, row);
-            if (weight) {
-                float squares = 0.0f;
+    for_each_row(rows, size, [=](int64_t t, float *row) {
+        source_row(x + t * width, size, activation, row);
+        if (weight) {
+            float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-                for (int64_t i = 0; i < size; ++i) squares += row[i] * row[i];
-                float r = rms[t] = 1.0f / std::sqrt(squares / float(size) + eps);
+            for (int64_t i = 0; i < size; ++i) squares += row[i] * row[i];
+            float r = rms[t] = 1.0f / std::sqrt(squares / float(size) + eps);
 #pragma omp simd
-                for (int64_t i = 0; i < size; ++i) row[i] = (row[i] * r) * weight[i];
-            }
-            int32_t largest = 0;  // bits of |v| order like |v| itself, with inf and NaN on top
-#pragma omp simd reduction(max : largest)
-            for (int64_t i = 0; i < size; ++i) {
-                int32_t bits = __builtin_bit_cast(int32_t, row[i]) & 0x7fffffff;
-                largest = largest > bits ? largest : bits;
-            }
-            float absmax = __builtin_bit_cast(float, largest);
-            // As torch divides a number by a tensor: 127 times the reciprocal, both rounded.
-            float s = scale[t] = 127.0f * (1.0f / (absmax < 1e-5f ? 1e-5f : absmax));
-            bool finite = largest < 0x7f800000;
-            int8_t *to = codes + t * size;
-#pragma omp simd
-            for (int64_t i = 0; i < size; ++i) to[i] = int8_t(int32_t(finite ? round_half_even(row[i] * s) : 0.0f));
+            for (int64_t i = 0; i < size; ++i) row[i] = (row[i] * r) * weight[i];
         }
-    }
+        int32_t largest = 0;  // bits of |v| order like |v| itself, with inf and NaN on top
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < size; ++i) {
+            int32_t bits = __builtin_bit_cast(int32_t, row[i]) & 0x7fffffff;
+            largest = largest > bits ? largest : bits;
+        }
+        float absmax = __builtin_bit_cast(float, largest);
+        // As torch divides a number by a tensor: 127 times the reciprocal, both rounded.
+        float s = scale[t] = 127.0f * (1.0f / (absmax < 1e-5f ? 1e-5f : absmax));
+        bool finite = largest < 0x7f800000;
+        int8_t *to = codes + t * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) to[i] = int8_t(int32_t(finite ? round_half_even(row[i] * s) : 0.0f));
+    });
 }
 
 // y = products * column / scale + bias + residual; bias and residual may be absent.
@@ -235,33 +239,27 @@ template <class G, class X>
 void norm_backward(const G *grad, const X *x, const float *weight, const float *rms, int64_t rows, int64_t size,
                    int activation, int64_t blocks, X *grad_x, float *partial) {
     int64_t width = activation == NONE ? size : 2 * size, height = (rows + blocks - 1) / blocks;
-#pragma omp parallel
-    {
-        std::vector<float> buffer(size);
-        float *row = buffer.data();
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block) {
-            float *sums = partial + block * size;
-            for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
-            int64_t end = (block + 1) * height < rows ? (block + 1) * height : rows;
-            for (int64_t t = block * height; t < end; ++t) {
-                const G *g = grad + t * size;
-                float r = rms[t], mean = 0.0f;
-                source_row(x + t * width, size, activation, row);
+    for_each_row(blocks, size, [=](int64_t block, float *row) {
+        float *sums = partial + block * size;
+        for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
+        int64_t end = (block + 1) * height < rows ? (block + 1) * height : rows;
+        for (int64_t t = block * height; t < end; ++t) {
+            const G *g = grad + t * size;
+            float r = rms[t], mean = 0.0f;
+            source_row(x + t * width, size, activation, row);
 #pragma omp simd reduction(+ : mean)
-                for (int64_t i = 0; i < size; ++i) {
-                    float normal = row[i] * r, product = load(g[i]) * normal;
-                    sums[i] += product;
-                    mean += product * weight[i];
-                    row[i] = normal;
-                }
-                mean /= float(size);
-#pragma omp simd
-                for (int64_t i = 0; i < size; ++i) row[i] = r * (load(g[i]) * weight[i] - row[i] * mean);
-                source_backward(x + t * width, row, size, activation, grad_x + t * width);
+            for (int64_t i = 0; i < size; ++i) {
+                float normal = row[i] * r, product = load(g[i]) * normal;
+                sums[i] += product;
+                mean += product * weight[i];
+                row[i] = normal;
             }
+            mean /= float(size);
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) row[i] = r * (load(g[i]) * weight[i] - row[i] * mean);
+            source_backward(x + t * width, row, size, activation, grad_x + t * width);
         }
-    }
+    });
 }
 
 // Where a query of a block looks. The rows of a score matrix are (head, group, query); query i of the block stands at
@@ -276,58 +274,46 @@ struct Window {
 
 // scores <- softmax(scores * factor) over the keys that a query sees, 0 elsewhere; its log-sum-exp to lse.
 template <class Y> void softmax_rows(Y *scores, int64_t rows, int64_t keys, float factor, Window window, float *lse) {
-#pragma omp parallel
-    {
-        std::vector<float> buffer(keys);
-        float *row = buffer.data();
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            Y *s = scores + r * keys;
-            int64_t begin = window.begin(r), end = window.end(r);
-            float largest = -INFINITY, sum = 0.0f;
+    for_each_row(rows, keys, [=](int64_t r, float *row) {
+        Y *s = scores + r * keys;
+        int64_t begin = window.begin(r), end = window.end(r);
+        float largest = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : largest)
-            for (int64_t j = begin; j < end; ++j) {
-                row[j] = load(s[j]) * factor;
-                largest = largest > row[j] ? largest : row[j];
-            }
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = begin; j < end; ++j) sum += row[j] = exp_approx(row[j] - largest);
-            float inverse = 1.0f / sum;
-            lse[r] = largest + std::log(sum);
-            for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]);
-#pragma omp simd
-            for (int64_t j = begin; j < end; ++j) store(row[j] * inverse, s[j]);
-            for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]);
+        for (int64_t j = begin; j < end; ++j) {
+            row[j] = load(s[j]) * factor;
+            largest = largest > row[j] ? largest : row[j];
         }
-    }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = begin; j < end; ++j) sum += row[j] = exp_approx(row[j] - largest);
+        float inverse = 1.0f / sum;
+        lse[r] = largest + std::log(sum);
+        for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]);
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) store(row[j] * inverse, s[j]);
+        for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]);
+    });
 }
 
 // scores <- p = exp(scores * factor - lse), grad <- p (grad - sum of p grad) * factor; 0 where a query does not see.
 template <class Y>
 void softmax_backward(Y *scores, Y *grad, int64_t rows, int64_t keys, float factor, Window window, const float *lse) {
-#pragma omp parallel
-    {
-        std::vector<float> buffer(keys);
-        float *p = buffer.data();
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            Y *s = scores + r * keys, *g = grad + r * keys;
-            int64_t begin = window.begin(r), end = window.end(r);
-            float delta = 0.0f;
+    for_each_row(rows, keys, [=](int64_t r, float *p) {
+        Y *s = scores + r * keys, *g = grad + r * keys;
+        int64_t begin = window.begin(r), end = window.end(r);
+        float delta = 0.0f;
 #pragma omp simd reduction(+ : delta)
-            for (int64_t j = begin; j < end; ++j) {
-                p[j] = exp_approx(load(s[j]) * factor - lse[r]);
-                delta += p[j] * load(g[j]);
-            }
-            for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
-#pragma omp simd
-            for (int64_t j = begin; j < end; ++j) {
-                store(p[j], s[j]);
-                store(p[j] * (load(g[j]) - delta) * factor, g[j]);
-            }
-            for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
+        for (int64_t j = begin; j < end; ++j) {
+            p[j] = exp_approx(load(s[j]) * factor - lse[r]);
+            delta += p[j] * load(g[j]);
         }
-    }
+        for (int64_t j = 0; j < begin; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            store(p[j], s[j]);
+            store(p[j] * (load(g[j]) - delta) * factor, g[j]);
+        }
+        for (int64_t j = end; j < keys; ++j) store(0.0f, s[j]), store(0.0f, g[j]);
+    });
 }
 
 // Log-probability of each row's label under softmax(logits), and the row's log-sum-exp.

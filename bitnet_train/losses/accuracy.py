@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_train.losses.tokens import IGNORE_INDEX, LOGITS_PER_CHUNK
+from bitnet_train.labels import IGNORE_INDEX
+from bitnet_train.losses.tokens import LOGITS_PER_CHUNK
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from bitnet_train.autocast import compute_dtype, no_autocast
 from bitnet_train.kernels import native
+from bitnet_train.labels import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # a label that carries no loss, as in torch and transformers
 LOGITS_PER_CHUNK = 1 << 26  # 128 MB in bfloat16
 WEIGHTS_PER_SLICE = 1 << 24  # of the head's gradient, which every chunk adds to
 

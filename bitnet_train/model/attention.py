@@ -5,7 +5,6 @@ h + o_proj(attn_sub_norm(softmax(q k^T / sqrt(head_dim)) v)) with q, k, v of x =
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +62,16 @@ class Documents:
         positions = torch.arange(document_ids.shape[1], device=document_ids.device)
         changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
         self.starts = (positions * changes).cummax(dim=1).values
+        self._mask: Tensor | None = None
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
-        """True where a query sees a key: bool `(batch, 1, seq, seq)`."""
-        positions = torch.arange(self.starts.shape[1], device=self.starts.device)
-        return ((positions >= self.starts[:, :, None]) & (positions <= positions[:, None]))[:, None]
+        """True where a query sees a key: bool `(batch, 1, seq, seq)`. Kept, without the lock of `cached_property`."""
+        if self._mask is None:
+            positions = torch.arange(self.starts.shape[1], device=self.starts.device)
+            seen = (positions >= self.starts[:, :, None]) & (positions <= positions[:, None])
+            self._mask = seen[:, None]
+        return self._mask
 
 
 class BitNetAttention(nn.Module):

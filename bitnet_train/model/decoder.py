@@ -7,6 +7,7 @@ Embedding and head are not quantised (BitNet b1.58 2B4T report, arXiv 2504.12285
 """
 
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class BitNetDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h: Tensor, by: Rotation, documents: Documents | None, cache: LayerCache | None = None) -> Tensor:
+        """The stream after both blocks; an absent `documents` is one document per row."""
         recompute = self.checkpointing if torch.is_grad_enabled() and cache is None else "none"
         if recompute == "full":
             return checkpointed(self._blocks, h, by, documents, None, "none")
@@ -100,6 +102,15 @@ class BitNetModel(nn.Module):
         return output
 
 
+class Inputs(TypedDict, total=False):
+    """What `BitNetModel.forward` takes by name."""
+
+    inputs_embeds: Tensor | None
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+    cache: KVCache | None
+
+
 class BitNetForCausalLM(nn.Module):
     """The decoder with its head; `lm_head` is absent where the embedding serves as head (tie_word_embeddings)."""
 
@@ -116,24 +127,9 @@ class BitNetForCausalLM(nn.Module):
         """The matrix of the head, `(vocab, hidden)`."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor | None = None, *, logits_to_keep: int = 0, **inputs: Unpack[Inputs]) -> Tensor:
         """Logits `(batch, seq, vocab)`, or of the last `logits_to_keep` positions only; see `BitNetModel.forward`."""
-        h = self.model(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            document_ids=document_ids,
-            cache=cache,
-        )
+        h = self.model(input_ids, **inputs)
         return nn.functional.linear(h[:, -logits_to_keep:], self.head_weight)
 
 

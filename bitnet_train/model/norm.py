@@ -58,5 +58,6 @@ class RMSNorm(nn.Module):
         return Norm(self.weight, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., size)` of any floating dtype to float32 of the same shape."""
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y

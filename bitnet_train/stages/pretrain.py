@@ -7,7 +7,8 @@ from torch import Tensor
 
 from bitnet_train.data.batches import TokenBatch
 from bitnet_train.errors import UserError
-from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum, token_logps
+from bitnet_train.labels import IGNORE_INDEX
+from bitnet_train.losses.tokens import cross_entropy_sum, token_logps
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.stages.base import Mean, Reduction, Stage, StageOutput
 

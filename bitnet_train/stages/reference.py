@@ -20,7 +20,8 @@ from torch import Tensor
 from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.packing import PairRows
 from bitnet_train.formats.atomic import atomic_file
-from bitnet_train.losses.tokens import IGNORE_INDEX, token_logps
+from bitnet_train.labels import IGNORE_INDEX
+from bitnet_train.losses.tokens import token_logps
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.stages.base import ALONE, Ranks
 

@@ -22,6 +22,9 @@ from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.quant import ternary_codes
 from bitnet_train.training.sharding import absmeans
 
+# Torch below 2.13 has it under another name, which warns in 2.13.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
 
 class Segment(NamedTuple):
     """Where a parameter's rows lie in the flat tensor that a rank gives to the gather of a layer.
@@ -79,7 +82,7 @@ class LowBitAllGather:
         values = input_tensor.split(sizes)
         sent = torch.cat([segment.encode(part) for segment, part in zip(self.segments, values, strict=True)])
         received = sent.new_empty(group.size(), len(sent))
-        dist.all_gather_single(received.view(-1), sent, group=group)
+        _all_gather(received.view(-1), sent, group=group)
         for row, gathered in zip(received, output_tensor.view(group.size(), -1), strict=True):
             for segment, part, target in zip(self.segments, row.split(bytes_of), gathered.split(sizes), strict=True):
                 segment.decode(part, target)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bitnet_train.data.batches import IGNORE_INDEX, PairBatch, TokenBatch
+from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.labels import IGNORE_INDEX
 from bitnet_train.model.bitlinear import forget_codes, set_strength
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters

@@ -94,6 +94,7 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
 
 
 def seed_everything(seed: int) -> None:
+    """Starts the generators of Python, NumPy and torch from a seed."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

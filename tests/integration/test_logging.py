@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.training.health import NAMES
+from tests.forked import python
 from tests.runs import Train, metrics, trainer_in
-from tests.support import ROOT, TINY_PRETRAIN, python, write_corpus
+from tests.support import ROOT, TINY_PRETRAIN, write_corpus
 
 wandb_messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 

@@ -6,16 +6,16 @@ All harm is done to one run, which is started again each time. In the end it is 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import forked
+from tests.forked import train
 from tests.runs import metrics
-from tests.support import TINY_PRETRAIN, environment, train, write_corpus
+from tests.support import TINY_PRETRAIN, write_corpus
 
 TWO = [
     *TINY_PRETRAIN,
@@ -49,11 +49,14 @@ class Started:
         self.run_dir = folder / "harmed"
         for name in ("batches", "validations"):
             (self.run_dir / name).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bitnet_train", *TWO, *SLOW, "run_dir=harmed", *overrides]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.output = ""
+        self.log = folder / "log"
+        self.log.write_text("")
+        self.process = forked.start(*TWO, *SLOW, "run_dir=harmed", *overrides, cwd=folder, log=self.log)
+
+    @property
+    def output(self) -> str:
+        """What the command and its ranks have said."""
+        return self.log.read_text()
 
     @property
     def ranks(self) -> list[int]:
@@ -62,9 +65,9 @@ class Started:
         return [int(pid) for pid in children]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.exitcode is None, self.output
             assert time.monotonic() < deadline, "it did not get there"
             time.sleep(0.02)
 
@@ -75,9 +78,15 @@ class Started:
 
     def end(self) -> int:
         """The exit code; nothing may be left behind."""
-        self.output = self.process.communicate(timeout=60)[0]
+        self.process.join(60)
         assert not (self.run_dir / "STOP").exists()
-        return self.process.returncode
+        assert self.process.exitcode is not None, self.output
+        return self.process.exitcode
+
+    def signal(self, number: int) -> None:
+        """Sends the command a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def status(self) -> dict[str, object]:
         status: dict[str, object] = json.loads((self.run_dir / "status.json").read_text())
@@ -95,7 +104,7 @@ def start(folder: Path) -> Iterator[Callable[..., Started]]:
     yield start
     for run in started:
         run.process.kill()
-        run.process.wait()
+        run.process.join()
 
 
 def alive(pid: int) -> bool:
@@ -123,7 +132,7 @@ def test_one_command_runs_two_ranks(whole: Path) -> None:
 def test_a_signal_while_it_starts_is_a_stop(start: Callable[..., Started]) -> None:
     run = start()
     run.wait_until(lambda: len(run.ranks) == 2)
-    run.process.send_signal(signal.SIGINT)
+    run.signal(signal.SIGINT)
     assert run.end() == 85
     assert "stopped (SIGINT)" in run.output
 
@@ -132,8 +141,8 @@ def test_a_signal_while_it_starts_is_a_stop(start: Callable[..., Started]) -> No
 def test_two_signals_to_the_command_are_one_stop(start: Callable[..., Started], where: str) -> None:
     run = start("val_every=2")
     run.wait_for(where, 2)
-    run.process.send_signal(signal.SIGTERM)
-    run.process.send_signal(signal.SIGUSR1)
+    run.signal(signal.SIGTERM)
+    run.signal(signal.SIGUSR1)
     assert run.end() == 85
     status = run.status()
     assert status["state"] == "requeue"
@@ -168,8 +177,8 @@ def test_a_dead_launcher_leaves_no_rank(start: Callable[..., Started]) -> None:
     run.wait_for("batches", 3)
     ranks = run.ranks
     assert len(ranks) == 2
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
+    run.process.kill()
+    run.process.join()
     deadline = time.monotonic() + 30
     while any(map(alive, ranks)) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -11,20 +11,12 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.pretrained import load_for_inference
 from bitnet_train.model.rope import RopeScaling
 from tests.runs import train
-from tests.support import chat_rows, tiny_tokenizer, write_jsonl
+from tests.support import DENSE, chat_rows, tiny_tokenizer, write_jsonl
 
 transformers = pytest.importorskip("transformers")
 
 SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-SHAPE = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+SHAPE = {**DENSE, "vocab_size": 384}
 COMMAND = [
     "+recipe=quickstart-sft",
     "trainer=cpu",

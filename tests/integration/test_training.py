@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +13,11 @@ from bitnet_train.cli import main
 from bitnet_train.formats.hf_folder import HFFolder
 from bitnet_train.model.pretrained import load_for_inference
 from tests import support
+from tests.forked import start
 from tests.runs import train
 from tests.support import (
     TINY_PRETRAIN,
     chat_rows,
-    environment,
     preference_rows,
     text_rows,
     write_corpus,
@@ -63,13 +62,6 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 def status(run_dir: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((run_dir / "status.json").read_text())
     return content
-
-
-def start(data: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bitnet_train", *overrides]
-    return subprocess.Popen(
-        command, cwd=data, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -123,10 +115,10 @@ def test_a_run_that_is_done_does_nothing_more(data: Path, pretrained: Path) -> N
 @pytest.mark.parametrize("step", [4, 9])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(data: Path, pretrained: Path, step: int) -> None:
     run_dir = data / f"killed-{step}"
-    process = start(data, *PRETRAIN, f"run_dir={run_dir.name}")
+    process = start(*PRETRAIN, f"run_dir={run_dir.name}", cwd=data, log=data / "log")
     wait_for_step(run_dir, step)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (run_dir / "model").exists()
     assert train(*PRETRAIN, f"run_dir={run_dir.name}", cwd=data).returncode == 0
     assert same_model(run_dir, pretrained)
@@ -136,13 +128,14 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data: Path, pretra
 @pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
 def test_stopped_on_request_it_saves_and_goes_on(data: Path, pretrained: Path, how: str) -> None:
     run_dir = data / f"stopped-{how}"
-    process = start(data, *PRETRAIN, f"run_dir={run_dir.name}", "checkpoint_every=1000")
+    process = start(*PRETRAIN, f"run_dir={run_dir.name}", "checkpoint_every=1000", cwd=data, log=data / "log")
     wait_for_step(run_dir, 4)
     if how == "STOP":
         (run_dir / "STOP").touch()
     else:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 85, process.communicate()
+        process.terminate()
+    process.join(60)
+    assert process.exitcode == 85, (data / "log").read_text()
     stopped = status(run_dir)
     assert stopped["state"] == "requeue"
     assert (run_dir / f"checkpoints/step-{stopped['step']:06}").is_dir()
@@ -179,21 +172,21 @@ def test_another_run_is_not_resumed(data: Path, pretrained: Path) -> None:
 def test_starting_anew_does_not_end_in_the_old_run(data: Path, pretrained: Path) -> None:
     run_dir = data / "anew"
     assert train(*PRETRAIN, "run_dir=anew", "max_steps=6", "schedule.warmup_steps=1", cwd=data).returncode == 0
-    process = start(data, *PRETRAIN, "run_dir=anew", "resume=never")
+    process = start(*PRETRAIN, "run_dir=anew", "resume=never", cwd=data, log=data / "log")
     wait_for_step(run_dir, 8)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert {path.name for path in (run_dir / "checkpoints").glob("*.old")} == {"step-000003.old", "step-000006.old"}
     assert train(*PRETRAIN, "run_dir=anew", cwd=data).returncode == 0
     assert same_model(run_dir, pretrained)
 
 
 def test_two_runs_in_one_directory_are_refused(data: Path) -> None:
-    first = start(data, *PRETRAIN, "run_dir=shared", "max_steps=400")
+    first = start(*PRETRAIN, "run_dir=shared", "max_steps=400", cwd=data, log=data / "log")
     wait_for_step(data / "shared", 1)
     second = train(*PRETRAIN, "run_dir=shared", "max_steps=400", cwd=data)
     first.kill()
-    first.wait()
+    first.join()
     assert second.returncode == 2
     assert "another run is at work there" in second.stderr
 

@@ -17,7 +17,7 @@ from tests.group import Job, run, start
 from tests.runs import metrics
 from tests.support import chat_rows, preference_rows, text_rows, tiny_tokenizer, write_jsonl
 
-STEPS = 20
+STEPS, SAVED, STOPPED = 20, 7, 14  # of a run; of the checkpoint that others go on from, and where they stop
 RUN = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
@@ -72,11 +72,11 @@ def once(stage: str, way: str, size: int, ranks: int = 2) -> Job:
 
 
 def saving(name: str, way: str, ranks: int, copy_of: str | None = None) -> Job:
-    """A run of pretrain that saves after steps 7, 14 and 20, or the rest of one that was killed after step 7."""
+    """A run of pretrain that saves twice, or the rest of one that was killed after its first checkpoint."""
     record = "+callbacks.record._target_=tests.group.Record"
-    options = [f"max_steps={STEPS}", "micro_batch_size=1", "checkpoint_every=7", "keep_last=0", record, *WAYS[way]]
-    whole = job(name, "pretrain", ranks, *options)
-    return Job(name, whole.overrides, copy_of, without=None if copy_of is None else 8)
+    length = [f"max_steps={STOPPED}", f"checkpoint_every={SAVED}", "keep_last=0"]
+    whole = job(name, "pretrain", ranks, *length, "micro_batch_size=1", record, *WAYS[way])
+    return Job(name, whole.overrides, copy_of, without=None if copy_of is None else SAVED + 1)
 
 
 TWO = [
@@ -171,9 +171,9 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, way: str) -> None:
 
 
 def rows(run_dir: Path) -> list[list[list[int]]]:
-    """The rows of every step after the seventh, sorted: ranks deal them out among themselves."""
+    """The rows of every step after the checkpoint, sorted: ranks deal them out among themselves."""
     lines = [json.loads(line) for file in run_dir.glob("rows-*") for line in file.read_text().splitlines()]
-    return [sorted(row for step, ids in lines if step == number for row in ids) for number in range(7, STEPS)]
+    return [sorted(row for step, ids in lines if step == number for row in ids) for number in range(SAVED, STOPPED)]
 
 
 @pytest.mark.parametrize("other", ["fsdp-to-one", "two-to-four", "four-to-two", "one-to-two"])

@@ -42,6 +42,16 @@ def theirs(ours: BitNetForCausalLM) -> nn.Module:
     return model
 
 
+def randomize(model: nn.Module) -> None:
+    """Biases and gains, which models begin with at 0 and 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+
+
 @contextmanager
 def bitlinear_inputs(reference: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Fills a mapping with what each AutoBitLinear reads, by the layer's name, while the reference runs."""

@@ -16,20 +16,12 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.rope import RopeScaling
 from bitnet_train.model.start import start_from, starting_config
 from tests.folders import edit_config, edit_tensor, write_master
-from tests.parity.reference import relative
+from tests.parity.reference import randomize, relative
+from tests.support import DENSE
 
 transformers = pytest.importorskip("transformers")
 
-SHAPE = {
-    "vocab_size": 301,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-}
+SHAPE = {**DENSE, "vocab_size": 301, "initializer_range": 0.1}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -52,12 +44,7 @@ def write_dense(folder: Path, name: str, dtype: torch.dtype = torch.float32, **f
     family, own = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**SHAPE, **own, **fields})
     model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "norm" in key:
-                parameter.uniform_(0.5, 1.5)
+    randomize(model)
     model.to(dtype).save_pretrained(folder)  # type: ignore[operator]
     return model
 

@@ -17,7 +17,7 @@ from bitnet_train.quant import quantize_activation, quantize_weight
 
 pytest.importorskip("transformers")
 
-from tests.parity.reference import bitlinear_inputs, quiet_ids, relative, theirs
+from tests.parity.reference import bitlinear_inputs, quiet_ids, randomize, relative, theirs
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 ROPE: list[dict[str, Any]] = [
@@ -50,12 +50,7 @@ def random_model(**fields: Any) -> BitNetForCausalLM:
     """Two layers of 64 features; biases and gains are random too."""
     config = BitNetConfig(**{"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, **fields})
     model = BitNetForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+    randomize(model)
     return model
 
 

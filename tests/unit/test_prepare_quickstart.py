@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ from bitnet_train.data.chat import encode_chat
 from bitnet_train.data.preference import pair_of
 from bitnet_train.data.sources import messages_of, read_rows, text_of
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+from tests.forked import python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_quickstart.py"
@@ -34,9 +35,7 @@ tool: Any = load_tool()
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return python(str(TOOL), *map(str, arguments), cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +170,11 @@ def test_it_is_deterministic(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert all((tmp_path / file).read_bytes() == (data / file).read_bytes() for file in files)
 
 
-@pytest.mark.parametrize(("option", "message"), [(1000, "multiple of 128"), (256, "at least 384")])
-def test_bad_vocabulary_sizes(tmp_path: Path, option: int, message: str) -> None:
-    result = run("--out", tmp_path / "data", "--vocab-size", option)
-    assert result.returncode == 2
-    assert message in result.stderr
+@pytest.mark.parametrize(("size", "message"), [(1000, "multiple of 128"), (256, "at least 384")])
+def test_bad_vocabulary_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, message: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--out", str(tmp_path / "data"), "--vocab-size", str(size)])
+    with pytest.raises(UserError, match=message):
+        tool.main()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,7 +127,7 @@ def test_a_bad_row_is_named_or_skipped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["text", "messages", "explicit strings"])
+@pytest.mark.parametrize("shape", ["text", "messages"])
 def test_a_row_of_10_megabytes(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, row = SHAPES[shape]
     path = tmp_path / "rows.jsonl"

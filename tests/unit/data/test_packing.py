@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_train.data.batches import IGNORE_INDEX, TokenRow, collate, labels_of, positions_of
+from bitnet_train.data.batches import TokenRow, collate, labels_of, positions_of
 from bitnet_train.data.packing import PackedRows, PairRows, StreamRows, best_fit
+from bitnet_train.labels import IGNORE_INDEX
 from tests.support import items_of, pairs_of, span_of, store_of
 
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=40), min_size=1, max_size=12)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.generate import ChatSession, complete
+from bitnet_train.generate import ChatSession, Sampling, complete
 from bitnet_train.generate.cli import main
 from bitnet_train.generate.terminal import GREETING, PROMPT, chat
 from bitnet_train.model.pretrained import load_for_inference
@@ -49,7 +49,7 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def expected(model: Path) -> Callable[..., str]:
     """What the model says, by way of `complete`."""
     decoder, tokenizer = load_for_inference(model), Tokenizer.from_folder(model)
-    return lambda prompt, chat, **how: complete(decoder, tokenizer, prompt, chat, 8, **how)
+    return lambda prompt, chat, seed=0, **how: complete(decoder, tokenizer, prompt, chat, 8, Sampling(**how), seed)
 
 
 def test_a_prompt(run: Run, expected: Callable[..., str]) -> None:

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from bitnet_train.errors import UserError
-from bitnet_train.generate import complete, generate, sample, until
+from bitnet_train.generate import Sampling, complete, generate, sample, until
 from bitnet_train.model.decoder import BitNetForCausalLM
 from tests.support import TINY, tiny_tokenizer
 
 
 def draws(logits: list[float], temperature: float, top_p: float) -> set[int]:
     generator = torch.Generator().manual_seed(0)
-    return {sample(torch.tensor(logits), temperature, top_p, generator) for _ in range(200)}
+    how = Sampling(temperature, top_p)
+    return {sample(torch.tensor(logits), how, generator) for _ in range(200)}
 
 
 def test_temperature_and_top_p_decide_what_can_be_drawn() -> None:
@@ -43,7 +44,7 @@ def test_generation_ends_with_the_context() -> None:
 
 def test_the_same_seed_gives_the_same_text() -> None:
     model, tokenizer = BitNetForCausalLM(TINY).eval(), tiny_tokenizer()
-    texts = [complete(model, tokenizer, "quick", True, 8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    texts = [complete(model, tokenizer, "quick", True, 8, Sampling(temperature=1.0), seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitnet_train.labels import IGNORE_INDEX
 from bitnet_train.losses import accuracy, tokens
 from bitnet_train.losses.accuracy import correct_tokens
-from bitnet_train.losses.tokens import IGNORE_INDEX, cross_entropy_sum, token_logps
+from bitnet_train.losses.tokens import cross_entropy_sum, token_logps
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -46,18 +46,23 @@ def recipe_names() -> list[str]:
 def register() -> None:
     """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
     store = ConfigStore.instance().store
+    keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
     for path in RECIPES_DIR.glob("*.yaml"):
         recipe = OmegaConf.load(path)
         assert isinstance(recipe, DictConfig)
-        for shape, rates in _by_shape(recipe.pop("schedule", {})).items():
+        for shape, rates in _by_shape(recipe.pop("schedule", {}), keys).items():
             store(group="recipe_schedule", name=f"{path.stem}-{shape}", node=rates, package="schedule")
         store(group="recipe", name=path.stem, node=recipe, package="_global_")
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 
 
-def _by_shape(rates: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
-    """For every schedule what it takes of a recipe's rates: all but what other schedules have and it has not."""
-    keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
+def _by_shape(rates: Mapping[Any, Any], keys: Mapping[str, set[Any]]) -> dict[str, dict[Any, Any]]:
+    """For every schedule what it takes of a recipe's rates: all but what other schedules have and it has not.
+
+    Args:
+        rates: what the recipe sets, whatever the schedule.
+        keys: what each schedule has, by its name.
+    """
     foreign = {shape: set().union(*keys.values()) - own for shape, own in keys.items()}
     return {shape: {key: rates[key] for key in rates if key not in foreign[shape]} for shape in keys}
 

@@ -7,15 +7,19 @@ each in a process of its own and with the input dropped from the page cache:
 
     copy              cp of the weights, and fsync
     read and write    the input is read, then as many bytes as the packed file has are written, and fsync
+    and read back     the same, and what was written is read: the least that a verified export does
     safetensors       export to packed safetensors; "verified": with reading it back
     i2_s              export to GGUF I2_S; "verified": with reading it back
     pack_weights      transformers: load_file, absmean and rounding in float32, pack_weights, save_file
 
-Seconds are of the work, without the start of Python. Memory is the largest resident set of the process, mapped pages of
-files among it.
+Every round runs each way once, in this order. Seconds are of the work, without the start of Python: the median and the
+quartiles of the rounds. Ratios are those of a round's seconds; CPU seconds, those of all threads, are what other
+programs on the machine disturb least. Memory is the largest resident set of the process, mapped pages of files among
+it.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
@@ -32,7 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarking import resident_bytes
+from benchmarking import Spread, ratios, resident_bytes, write_results
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.export.cli import run as export_command
@@ -43,6 +47,7 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, tensor_shapes
 
 _CHUNK = 1 << 22
+_WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Figure:
 
     name: str
     seconds: float
-    gigabytes_per_second: float  # bytes read and written
+    cpu_seconds: float
+    gigabytes_per_second: float  # of the input and the output
     peak_gigabytes: float
 
 
@@ -87,6 +93,15 @@ def read_and_write(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
+def read_write_and_read_back(source: Path, target: Path) -> None:
+    """The same, and reads what was written."""
+    read_and_write(source, target)
+    buffer = bytearray(_CHUNK)
+    with target.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
 def pack_weights(source: Path, target: Path) -> None:
     """What a user of transformers writes: the whole file, the formula, its pack_weights, the whole file."""
     from safetensors.torch import load_file, save_file
@@ -107,26 +122,30 @@ def _command(*options: str) -> Callable[[Path, Path], object]:
     return lambda source, target: export_command([str(source), str(target), *options])
 
 
+BASE, VERIFIED_BASE, PEER = "read and write", "and read back", "pack_weights"
 WAYS: dict[str, Callable[[Path, Path], object]] = {
     "copy": copy,
-    "read and write": read_and_write,
+    BASE: read_and_write,
+    VERIFIED_BASE: read_write_and_read_back,
     "safetensors": _command("--format=safetensors", "--no-verify"),
     "safetensors, verified": _command("--format=safetensors"),
     "i2_s": _command("--format=gguf", "--no-verify"),
     "i2_s, verified": _command("--format=gguf"),
-    "pack_weights": pack_weights,
+    PEER: pack_weights,
 }
 
 
 def run_way(name: str, source: Path, target: Path) -> Figure:
     """Runs one way here and measures it."""
+    if name == PEER:
+        importlib.import_module("transformers.integrations.bitnet")  # ours is imported already
     _drop_from_cache(source / WEIGHTS)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     WAYS[name](source, target)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     written = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     read = (source / WEIGHTS).stat().st_size
-    return Figure(name, seconds, (read + written) / seconds / 1e9, resident_bytes() / 1e9)
+    return Figure(name, seconds, cpu_seconds, (read + written) / seconds / 1e9, resident_bytes() / 1e9)
 
 
 def _drop_from_cache(path: Path) -> None:
@@ -146,11 +165,19 @@ def _in_a_process(name: str, source: Path, folder: Path) -> Figure:
     return Figure(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def _table(figures: list[Figure]) -> Table:
-    table = Table("way", "seconds", "GB/s read and written", "peak memory, GB")
-    for figure in figures:
-        numbers = (figure.seconds, figure.gigabytes_per_second, figure.peak_gigabytes)
-        table.add_row(figure.name, *(f"{number:.2f}" for number in numbers))
+def _table(rounds: Sequence[Mapping[str, Figure]]) -> Table:
+    table = Table("way", "seconds", f"of {BASE}", f"of {VERIFIED_BASE}", "CPU seconds", "GB/s", "peak GB")
+    seconds = {way: [figures[way].seconds for figures in rounds] for way in WAYS}
+    for way in WAYS:
+        figures = [figures[way] for figures in rounds]
+        table.add_row(
+            way,
+            Spread.of(seconds[way]).text(),
+            *(Spread.of(ratios(seconds[way], seconds[base])).text() for base in (BASE, VERIFIED_BASE)),
+            Spread.of([figure.cpu_seconds for figure in figures]).text(),
+            Spread.of([figure.gigabytes_per_second for figure in figures]).text(),
+            f"{max(figure.peak_gigabytes for figure in figures):.2f}",
+        )
     return table
 
 
@@ -164,7 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=released.num_attention_heads)
     parser.add_argument("--kv-heads", type=int, default=released.num_key_value_heads)
     parser.add_argument("--folder", type=Path, help="where to write (default: the folder for temporary files)")
-    parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many counts")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--way", nargs=3, metavar=("NAME", "SRC", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -192,11 +219,10 @@ def _main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         make_model(folder / "model", _config(arguments))
-        rounds = [[_in_a_process(way, folder / "model", folder) for way in WAYS] for _ in range(arguments.repeat)]
-    figures = [min(tries, key=lambda figure: figure.seconds) for tries in zip(*rounds, strict=True)]
-    Console().print(_table(figures))
+        rounds = [{way: _in_a_process(way, folder / "model", folder) for way in WAYS} for _ in range(arguments.repeat)]
+    Console(width=_WIDTH).print(_table(rounds))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+        write_results(arguments.json, [{way: asdict(figure) for way, figure in round.items()} for round in rounds])
 
 
 if __name__ == "__main__":

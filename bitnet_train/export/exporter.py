@@ -9,10 +9,11 @@ from bitnet_train.errors import UserError
 from bitnet_train.export.card import model_card
 from bitnet_train.export.folders import write_folder
 from bitnet_train.export.gguf import write_gguf_model
-from bitnet_train.export.readback import Verification, compare
+from bitnet_train.export.readback import Verification, readback
 from bitnet_train.export.source import Source, open_source
 from bitnet_train.export.targets import Target, check
 from bitnet_train.formats.hf_folder import CONFIG
+from bitnet_train.formats.parts import nothing
 from bitnet_train.formats.safetensors_file import MAX_SHARD_BYTES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,11 +73,13 @@ def export(
     goal = Target(format, variants[format])
     check(model, goal)
     _check_path(model, target, format, force)
-    if format == "gguf":
-        write_gguf_model(model, target, type)
-    else:
-        write_folder(model, target, goal, _folder_dtype(model, format, dtype), max_shard_bytes)
-    verification = compare(model, open_source(target)) if verify else None
+    with readback(model) as reading:
+        trained, written = (reading.source, reading.written) if verify else (model, nothing)
+        if format == "gguf":
+            write_gguf_model(trained, target, type, written)
+        else:
+            write_folder(trained, target, goal, _folder_dtype(model, format, dtype), max_shard_bytes, written)
+        verification = reading.result() if verify else None
     size = size_of(target)
     card = model_card(model, goal, target.name, size)
     return ExportResult(target, size, _notes(model, goal, dtype), verification, card)

@@ -13,10 +13,18 @@ from bitnet_train.export.targets import Target
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config, write_json
 from bitnet_train.formats.packing import pack_ternary, packed_shape
+from bitnet_train.formats.parts import nothing
 from bitnet_train.formats.safetensors_file import LazyTensors, TensorInfo, write_weights
 
 
-def write_folder(source: Source, path: Path, target: Target, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def write_folder(
+    source: Source,
+    path: Path,
+    target: Target,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    written: Callable[[Path, str], object] = nothing,
+) -> None:
     """Writes the folder whole or not at all.
 
     Args:
@@ -25,6 +33,7 @@ def write_folder(source: Source, path: Path, target: Target, dtype: torch.dtype,
         target: master, or safetensors of a linear class.
         dtype: of the float tensors, the scales among them: transformers multiplies in it.
         max_shard_bytes: size at which the weights are cut into several files.
+        written: called with the folder, under its temporary name, and each tensor that is in it.
     """
     masters = target.format == "master"
     tensors = _masters(source, dtype) if masters else _packed(source, target.variant, dtype)
@@ -32,7 +41,7 @@ def write_folder(source: Source, path: Path, target: Target, dtype: torch.dtype,
         write_json(folder / CONFIG, _config(source, target, dtype))
         write_json(folder / GENERATION_CONFIG, source.generation_config)
         source.tokenizer.write(folder)
-        write_weights(folder, tensors, max_shard_bytes)
+        write_weights(folder, tensors, max_shard_bytes, written)
         size = sum(file.stat().st_size for file in folder.iterdir())
         (folder / "README.md").write_text(model_card(source, target, path.name, size), encoding="utf-8")
 

@@ -13,16 +13,28 @@ from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, gguf_name, model_met
 from bitnet_train.formats.gguf_blocks import GGMLType, pack_float
 from bitnet_train.formats.gguf_file import LazyBlocks, write_gguf
 from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, pack_ternary_blocks
+from bitnet_train.formats.parts import nothing
 from bitnet_train.model.weights import located
 
 
-def write_gguf_model(source: Source, path: Path, type_name: str) -> None:
-    """Writes the file whole or not at all; `type_name` is one of `GGUF_TYPES`."""
+def write_gguf_model(
+    source: Source, path: Path, type_name: str, written: Callable[[Path, str], object] = nothing
+) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        source: the model.
+        path: the file, replaced if it is there.
+        type_name: one of `GGUF_TYPES`.
+        written: called with the file, under its temporary name, and each tensor of the model that is in it.
+    """
     types = GGUF_TYPES[type_name]
     fields = {**source.config_json, **asdict(source.config)}
     metadata = model_metadata(source.name, fields, types.file_type, source.licence) | source.tokenizer.gguf_metadata()
-    tensors = {gguf_name(name): _blocks(source, name, types) for name in source.shapes}
-    write_gguf(path, ARCHITECTURES[source.config.hidden_act], metadata, tensors)
+    names = {gguf_name(name): name for name in source.shapes}
+    tensors = {stored: _blocks(source, name, types) for stored, name in names.items()}
+    architecture = ARCHITECTURES[source.config.hidden_act]
+    write_gguf(path, architecture, metadata, tensors, lambda file, stored: written(file, names[stored]))
 
 
 def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:
@@ -33,7 +45,7 @@ def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:
     return LazyBlocks(kind, shape, [partial(_dense, source, name, kind, read) for read in source.weights.parts(name)])
 
 
-def _ternary(source: Source, name: str, kind: GGMLType) -> bytes:
+def _ternary(source: Source, name: str, kind: GGMLType) -> memoryview:
     codes, scale = source.weights.ternary(name)
     with located(source.path, name):
         if kind in TERNARY_TYPES:
@@ -41,7 +53,7 @@ def _ternary(source: Source, name: str, kind: GGMLType) -> bytes:
         return pack_float(codes * scale, kind)
 
 
-def _dense(source: Source, name: str, kind: GGMLType, read: Callable[[], Tensor]) -> bytes:
+def _dense(source: Source, name: str, kind: GGMLType, read: Callable[[], Tensor]) -> memoryview:
     part = read()
     with located(source.path, name):
         return pack_float(part, kind)

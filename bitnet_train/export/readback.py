@@ -6,8 +6,12 @@ g rounded to 8 bits in one of bfloat16, the default. Codes are exact in every fo
 to bfloat16, about one weight in a thousand quantises to another code, and that is reported.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from bitnet_train.formats.parts import workers
 from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights
 from bitnet_train.quant import TernaryWeight
 
+_WAITING = 4  # matrices whose codes wait to be compared
 _SCALE_TYPES = FLOAT_TYPES | {
     GGMLType.I2_S: torch.float32,
     GGMLType.TQ1_0: torch.float16,
@@ -51,28 +56,111 @@ def verify(source: Path, written: Path) -> Verification:
     Raises:
         UserError: one of the two cannot be read.
     """
-    return compare(open_source(source), open_source(written))
-
-
-def compare(trained: Source, written: Source) -> Verification:
-    """Compares every tensor of a model; see the module's text for what is equal."""
+    trained, found = open_source(source), open_source(written)
     with workers() as pool:
-        counts = pool.map(partial(_difference, trained, written), trained.shapes)
-        differ = dict(zip(trained.shapes, counts, strict=True))
+        counts = {name: _submit(pool, _comparisons(trained, found, name)) for name in trained.shapes}
+        return _verification(trained, counts)
+
+
+class Readback:
+    """Compares each tensor as soon as it is written, in threads of its own, while the next ones are made.
+
+    The masters are so read and quantised once: the codes that quant.py made of a matrix wait here until its bytes have
+    been read from the file.
+
+    Attributes:
+        source: the model, for the writer to take the codes from.
+    """
+
+    def __init__(self, trained: Source, pool: ThreadPoolExecutor) -> None:
+        self._made: dict[str, TernaryWeight] = {}
+        self.source = replace(trained, weights=_Keeping(trained.weights, self._made))
+        self._trained = trained
+        self._pool = pool
+        self._opened: Source | None = None
+        self._counts: dict[str, list[Future[int]]] = {}
+
+    def written(self, path: Path, name: str) -> None:
+        """Has a tensor compared; waits where many codes are kept already, and for all when this was the last one."""
+        if name not in self._trained.shapes:  # a scale comes with its codes
+            return
+        self._opened = self._opened or open_source(path)
+        comparisons = _comparisons(self._trained, self._opened, name, self._made.pop(name, None))
+        self._counts[name] = _submit(self._pool, comparisons)
+        matrices = [name for name in self._counts if name in self._trained.ternary_names]
+        whole = len(self._counts) == len(self._trained.shapes)
+        wait(chain.from_iterable(self._counts[name] for name in (self._counts if whole else matrices[:-_WAITING])))
+
+    def result(self) -> Verification:
+        """What was found.
+
+        Raises:
+            UserError: what was written cannot be read.
+        """
+        return _verification(self._trained, self._counts)
+
+
+@contextmanager
+def readback(trained: Source) -> Iterator[Readback]:
+    """A `Readback`, whose threads end with the block."""
+    with workers() as pool:
+        yield Readback(trained, pool)
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """The `Weights` of a model, whose codes are noted when they are made."""
+
+    weights: Weights
+    made: dict[str, TernaryWeight]
+
+    @property
+    def path(self) -> Path:
+        return self.weights.path
+
+    def ternary(self, name: str) -> TernaryWeight:
+        self.made[name] = self.weights.ternary(name)
+        return self.made[name]
+
+    def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
+        return self.weights.parts(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.weights.dtype(name)
+
+
+def _submit(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], int]]) -> list[Future[int]]:
+    return [pool.submit(call) for call in calls]
+
+
+def _verification(trained: Source, counts: Mapping[str, Sequence[Future[int]]]) -> Verification:
+    differ = {name: sum(count.result() for count in counts[name]) for name in trained.shapes}
     mismatches = tuple(name for name, count in differ.items() if count)
     codes = sum(prod(trained.shapes[name]) for name in trained.ternary_names)
     return Verification(len(trained.ternary_names), codes, sum(differ.values()), mismatches)
 
 
-def _difference(trained: Source, written: Source, name: str) -> int:
-    """How many numbers of a tensor differ; the scale is one of them."""
-    if trained.shapes[name] != written.shapes.get(name):
-        return prod(trained.shapes[name])
-    if name not in trained.ternary_names:
-        parts = zip(trained.weights.parts(name), written.weights.parts(name), strict=True)
-        return sum(_differing(expected(), found()) for expected, found in parts)
-    expected, found = trained.weights.ternary(name), written.weights.ternary(name)
-    return _differing(expected.codes, found.codes) + _scale_differs(written.weights, name, expected.scale, found)
+def _comparisons(
+    trained: Source, written: Source, name: str, made: TernaryWeight | None = None
+) -> list[Callable[[], int]]:
+    """Calls that count how many numbers of a tensor differ, by parts; codes that were `made` are not made again."""
+    shape = trained.shapes[name]
+    if shape != written.shapes.get(name):
+        return [lambda: prod(shape)]
+    if name in trained.ternary_names:
+        return [partial(_matrix_differs, trained.weights, written.weights, name, made)]
+    parts = zip(trained.weights.parts(name), written.weights.parts(name), strict=True)
+    return [partial(_part_differs, expected, found) for expected, found in parts]
+
+
+def _part_differs(expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> int:
+    return _differing(expected(), found())
+
+
+def _matrix_differs(trained: Weights, written: Weights, name: str, made: TernaryWeight | None) -> int:
+    """The scale is one of the numbers."""
+    expected, found = made or trained.ternary(name), written.ternary(name)
+    return _differing(expected.codes, found.codes) + _scale_differs(written, name, expected.scale, found)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
@@ -83,12 +171,15 @@ def _differing(expected: Tensor, found: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    """The tensor's memory in the widest unit that divides it: what is compared in one step of a processor."""
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return data if data.nbytes % 8 else data.view(np.uint64)
 
 
 def _scale_differs(written: Weights, name: str, expected: Tensor, found: TernaryWeight) -> int:
     """0 or 1; a matrix of zeros has no scale that could be read back from floats, and needs none."""
-    return _differing(_as_stored(written, name, expected), found.scale) if found.codes.any() else 0
+    differs = _differing(_as_stored(written, name, expected), found.scale)
+    return differs if differs and found.codes.any() else 0
 
 
 def _as_stored(written: Weights, name: str, scale: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def tensor_bytes(kind: GGMLType, shape: tuple[int, ...]) -> int:
     return prod(shape) // layout.values * layout.bytes + layout.tail
 
 
-def pack_float(values: Tensor, kind: GGMLType) -> bytes:
-    """Values of any shape and floating dtype as F32, F16 or BF16, row-major, little endian.
+def pack_float(values: Tensor, kind: GGMLType) -> memoryview:
+    """Values of any shape and floating dtype as F32, F16 or BF16, row-major, little endian: bytes, not copied again.
 
     Raises:
         ValueError: a finite value is beyond the range of the type.
@@ -69,7 +69,7 @@ def pack_float(values: Tensor, kind: GGMLType) -> bytes:
     if not torch.isfinite(torch.stack(stored.aminmax())).all():
         largest = values.abs().max().item()
         raise ValueError(f"every value must be within the range of {kind.name}, got a magnitude of {largest:g}")
-    return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return stored.reshape(-1).view(torch.uint8).numpy().data
 
 
 def unpack_float(data: np.ndarray, kind: GGMLType, shape: tuple[int, ...]) -> Tensor:

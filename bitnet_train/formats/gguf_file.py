@@ -1,4 +1,4 @@
-"""GGUF files: written through the gguf library, read back by a reader of our own.
+"""GGUF files, written a part of a tensor at a time, and read back.
 
     header         "GGUF", version 3 (u32), number of tensors (u64), number of key-values (u64)
     key-values     key (string), type (u32), value
@@ -10,29 +10,29 @@
     string         length (u64), UTF-8 bytes
     array          type of the elements (u32), their number (u64), the elements
 
-All numbers are little endian. The reader shares nothing with the writer, for an export is verified with it; the gguf
-library's own reader refuses type 36. Source: ggml, docs/gguf.md.
+All numbers are little endian. The reader shares nothing with the writer but the numbers of the types, for an export is
+verified with it. A test holds the writer to the bytes of the gguf library's, which takes a second for the tokens of a
+large vocabulary; the library's reader refuses type 36. Source: ggml, docs/gguf.md.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
-from bitnet_train.formats.parts import ahead, read_bytes
+from bitnet_train.formats.parts import ahead, nothing, read_bytes
 
 _ALIGNMENT = 32
 _VERSION = 3
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 class LazyBlocks(NamedTuple):
@@ -40,11 +40,15 @@ class LazyBlocks(NamedTuple):
 
     kind: GGMLType
     shape: tuple[int, ...]
-    parts: Sequence[Callable[[], bytes]]
+    parts: Sequence[Callable[[], bytes | memoryview]]
 
 
 def write_gguf(
-    path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, object],
+    tensors: Mapping[str, LazyBlocks],
+    written: Callable[[Path, str], object] = nothing,
 ) -> None:
     """Writes a GGUF file with a few parts of tensors in memory at a time; `path` appears when it is whole.
 
@@ -53,57 +57,61 @@ def write_gguf(
         architecture: general.architecture.
         metadata: key-values. int is stored as uint32, float as float32; bool, str, list[str] and list[int] as they are.
         tensors: the tensors by name, in the order of the file.
+        written: called with the file, under its temporary name, and each tensor that can be read from it.
     """
-    with atomic_file(path) as temporary:
-        _write_header(temporary, architecture, metadata, tensors)
-        with temporary.open("ab") as file:
-            _pad(file)
-            for part in ahead(_tensor_data(tensors.values())):
-                file.write(part)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(_header(architecture, metadata, tensors))
+        calls = list(_tensor_data(tensors))
+        for (ended, _), part in zip(calls, ahead(call for _, call in calls), strict=True):
+            file.write(part)
+            if ended is not None:
+                file.flush()
+                written(temporary, ended)
 
 
-def _write_header(
-    path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]
-) -> None:
+def _header(architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]) -> bytes:
     """All that comes before the tensor data."""
-    writer = GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        _add(writer, key, value)
+    pairs = {"general.architecture": architecture, **metadata}
+    packed = [_packed(key) + _packed_value(value) for key, value in pairs.items() if value != []]
+    counts = struct.pack("<IQQ", _VERSION, len(tensors), len(packed))
+    header = b"".join([b"GGUF", counts, *packed, *_tensor_infos(tensors)])
+    return header + bytes(-len(header) % _ALIGNMENT)
+
+
+def _tensor_infos(tensors: Mapping[str, LazyBlocks]) -> Iterator[bytes]:
+    offset = 0
     for name, (kind, shape, _) in tensors.items():
-        # int8 keeps the library from deriving a shape from the bytes, which it cannot do for type 36
-        number = cast(GGMLQuantizationType, int(kind))
-        writer.add_tensor_info(name, shape, np.dtype(np.int8), tensor_bytes(kind, shape), raw_dtype=number)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        yield _packed(name) + dimensions + struct.pack("<IQ", int(kind), offset)
+        size = tensor_bytes(kind, shape)
+        offset += size + -size % _ALIGNMENT
 
 
-def _tensor_data(tensors: Iterable[LazyBlocks]) -> Iterator[Callable[[], bytes]]:
-    """What makes the bytes of every tensor, each padded to the alignment."""
-    for kind, shape, parts in tensors:
-        yield from parts
-        yield partial(bytes, -tensor_bytes(kind, shape) % _ALIGNMENT)
+def _packed(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
+def _packed_value(value: object) -> bytes:
+    """The type's number, then the value; the library would take a second for the tokens of a large vocabulary."""
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _packed(value)
+    if isinstance(value, list):
+        code, form = (_STRING, None) if isinstance(value[0], str) else (_INT32, f"<{len(value)}i")
+        data = b"".join(map(_packed, value)) if form is None else struct.pack(form, *value)
+        return struct.pack("<IIQ", _ARRAY, code, len(value)) + data
+    codes: dict[type, int] = {bool: _BOOL, int: _UINT32, float: _FLOAT32}
+    code = codes[type(value)]
+    return struct.pack(f"<I{_SCALARS[code]}", code, value)
 
 
-def _add(writer: GGUFWriter, key: str, value: object) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        assert isinstance(value, list), (key, type(value))
-        writer.add_array(key, value)
+def _tensor_data(
+    tensors: Mapping[str, LazyBlocks],
+) -> Iterator[tuple[str | None, Callable[[], bytes | memoryview]]]:
+    """What makes the bytes of every tensor, each padded to the alignment; with the padding the tensor's name."""
+    for name, (kind, shape, parts) in tensors.items():
+        yield from ((None, part) for part in parts)
+        yield name, partial(bytes, -tensor_bytes(kind, shape) % _ALIGNMENT)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Ternary(NamedTuple):
     scale: float
 
 
-def pack_ternary_blocks(kind: GGMLType, codes: Tensor, scale: float) -> bytes:
+def pack_ternary_blocks(kind: GGMLType, codes: Tensor, scale: float) -> memoryview:
     """Codes int8 `(out, in)` and their scale as TQ1_0, TQ2_0 or I2_S; the input is left as it is.
 
     Raises:
@@ -67,9 +67,10 @@ def unpack_ternary_blocks(kind: GGMLType, data: np.ndarray, shape: tuple[int, ..
     return Ternary(codes.reshape(shape), scale)
 
 
-def _pack_i2_s(codes: Tensor, scale: float) -> bytes:
+def _pack_i2_s(codes: Tensor, scale: float) -> memoryview:
     packed = four_in_a_byte(codes.reshape(-1, 4, 32), descending=True)
-    return packed.numpy().tobytes() + struct.pack("<f", scale).ljust(_I2_S_TAIL, b"\0")
+    tail = bytearray(struct.pack("<f", scale).ljust(_I2_S_TAIL, b"\0"))
+    return torch.cat((packed.view(-1), torch.frombuffer(tail, dtype=torch.uint8))).numpy().data
 
 
 def _unpack_i2_s(data: Tensor) -> tuple[Tensor, float]:
@@ -78,7 +79,7 @@ def _unpack_i2_s(data: Tensor) -> tuple[Tensor, float]:
     return four_of_a_byte(packed.view(-1, 32), descending=True), scale
 
 
-def _pack_tq2_0(codes: Tensor, scale: float) -> bytes:
+def _pack_tq2_0(codes: Tensor, scale: float) -> memoryview:
     packed = four_in_a_byte(codes.reshape(-1, 4, 32))
     return _with_scale(packed.reshape(-1, 64), scale)
 
@@ -88,7 +89,7 @@ def _unpack_tq2_0(data: Tensor) -> tuple[Tensor, float]:
     return four_of_a_byte(packed.reshape(-1, 32)), scale
 
 
-def _pack_tq1_0(codes: Tensor, scale: float) -> bytes:
+def _pack_tq1_0(codes: Tensor, scale: float) -> memoryview:
     parts = codes.add(1).reshape(-1, 256).split([digits * size for digits, size in _TQ1_0_PARTS], dim=1)
     values = []
     for part, (digits, size) in zip(parts, _TQ1_0_PARTS, strict=True):
@@ -108,12 +109,12 @@ def _unpack_tq1_0(data: Tensor) -> tuple[Tensor, float]:
     return torch.cat(codes, dim=1).to(torch.int8) - 1, scale
 
 
-def _with_scale(packed: Tensor, scale: float) -> bytes:
+def _with_scale(packed: Tensor, scale: float) -> memoryview:
     """Each block, uint8 `(blocks, bytes)`, followed by the scale in float16."""
     half = torch.tensor([scale]).half()
     if not half.isfinite():
         raise ValueError(f"the scale must be within the range of F16, got {scale:g}")
-    return torch.cat((packed, half.view(torch.uint8).expand(len(packed), 2)), dim=1).numpy().tobytes()
+    return torch.cat((packed, half.view(torch.uint8).expand(len(packed), 2)), dim=1).reshape(-1).numpy().data
 
 
 def _without_scale(data: Tensor, size: int) -> tuple[Tensor, float]:
@@ -126,7 +127,7 @@ def _without_scale(data: Tensor, size: int) -> tuple[Tensor, float]:
 
 
 class _Type(NamedTuple):
-    pack: Callable[[Tensor, float], bytes]
+    pack: Callable[[Tensor, float], memoryview]
     unpack: Callable[[Tensor], tuple[Tensor, float]]
 
 

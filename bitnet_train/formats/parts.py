@@ -25,6 +25,10 @@ _MOST_WORKERS = 4  # each holds a matrix
 Item = TypeVar("Item")
 
 
+def nothing(path: Path, name: str) -> None:
+    """Takes note of no tensor that was written."""
+
+
 def row_slices(shape: tuple[int, ...]) -> list[slice]:
     """The rows of a tensor in blocks of about four million values, the same for every dtype."""
     step = max(1, _VALUES // max(1, prod(shape[1:])))

@@ -10,6 +10,7 @@ part are read.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.parts import ahead, read_bytes
+from bitnet_train.formats.parts import ahead, nothing, read_bytes
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -118,21 +119,46 @@ def write_safetensors(path: Path, tensors: Iterable[LazyTensors]) -> None:
     The tensors lie as the safetensors library sorts them, wide dtypes first, then by name: every one is then aligned.
     They are made in the order of `tensors`.
     """
-    tensors = list(tensors)
-    infos = {name: info for made in tensors for name, info in made.infos.items()}
-    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
-    ends = dict(zip(order, accumulate(infos[name].bytes for name in order), strict=True))
-    header = _header({name: infos[name] for name in order}, ends)
-    place = {name: len(header) + ends[name] - infos[name].bytes for name in order}
-    with path.open("wb") as file:
-        file.write(header)
-        for part in ahead(chain.from_iterable(made.parts for made in tensors)):
-            for name, rows in part.items():
-                assert rows.dtype == infos[name].dtype, name
-                file.seek(place[name])
-                file.write(rows.detach().reshape(-1).view(torch.uint8).numpy().data)
-                place[name] = file.tell()
-    assert place == {name: len(header) + end for name, end in ends.items()}
+    _File.lay_out(path, list(tensors)).fill(lambda name: None)
+
+
+class _File(NamedTuple):
+    """A file of its size with nothing but its header, to be filled: where each tensor begins, and where it ends."""
+
+    path: Path
+    tensors: Sequence[LazyTensors]
+    infos: Mapping[str, TensorInfo]
+    begins: Mapping[str, int]
+    ends: Mapping[str, int]
+
+    @classmethod
+    def lay_out(cls, path: Path, tensors: Sequence[LazyTensors]) -> "_File":
+        """Makes the file."""
+        infos = {name: info for made in tensors for name, info in made.infos.items()}
+        order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+        offsets = dict(zip(order, accumulate(infos[name].bytes for name in order), strict=True))
+        header = _header({name: infos[name] for name in order}, offsets)
+        ends = {name: len(header) + end for name, end in offsets.items()}
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(max(ends.values(), default=len(header)))
+        return cls(path, tensors, infos, {name: end - infos[name].bytes for name, end in ends.items()}, ends)
+
+    def fill(self, written: Callable[[str], object]) -> None:
+        """Writes the tensors; `written` is called with each one that can be read from the file."""
+        place = dict(self.begins)
+        with self.path.open("r+b") as file:
+            for part in ahead(chain.from_iterable(made.parts for made in self.tensors)):
+                for name, rows in part.items():
+                    assert rows.dtype == self.infos[name].dtype, name
+                    file.seek(place[name])
+                    file.write(rows.detach().reshape(-1).view(torch.uint8).numpy().data)
+                    place[name] = file.tell()
+                file.flush()
+                for name in part:
+                    if place[name] == self.ends[name]:
+                        written(name)
+        assert place == self.ends
 
 
 def _header(infos: Mapping[str, TensorInfo], ends: Mapping[str, int]) -> bytes:
@@ -145,20 +171,35 @@ def _header(infos: Mapping[str, TensorInfo], ends: Mapping[str, int]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def write_weights(folder: Path, tensors: Iterable[LazyTensors], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes the weights of a model folder: one file, or where they exceed a shard several and their index."""
+def write_weights(
+    folder: Path,
+    tensors: Iterable[LazyTensors],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    written: Callable[[Path, str], object] = nothing,
+) -> None:
+    """Writes the weights of a model folder: one file, or where they exceed a shard several and their index.
+
+    Args:
+        folder: where they go.
+        tensors: what makes them.
+        max_shard_bytes: size at which they are cut.
+        written: called with the folder and each tensor that can be read from it; the index is there from the beginning.
+    """
     shards = _shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(folder / WEIGHTS, shards[0])
-        return
-    sizes: dict[str, int] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = _SHARD.format(number=number, count=len(shards))
-        write_safetensors(folder / file, shard)
-        sizes |= {name: info.bytes for made in shard for name, info in made.infos.items()}
-        weight_map |= {name: file for made in shard for name in made.infos}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    names = [_SHARD.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
+    names = [WEIGHTS] if len(shards) == 1 else names
+    files = [_File.lay_out(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
+    if len(files) > 1:
+        _write_index(folder, files)
+    for file in files:
+        file.fill(partial(written, folder))
+
+
+def _write_index(folder: Path, files: Sequence[_File]) -> None:
+    index = {
+        "metadata": {"total_size": sum(info.bytes for file in files for info in file.infos.values())},
+        "weight_map": {name: file.path.name for file in files for name in file.infos},
+    }
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -160,12 +160,12 @@ class TokenizerFiles:
         self.check()
         size = self.config["vocab_size"]
         tokens = [f"[PAD{id_}]" for id_ in range(size)]
-        types = [TokenType.UNUSED] * size
+        types, normal = [int(TokenType.UNUSED)] * size, int(TokenType.NORMAL)
         for token, id_ in self.ids.items():
-            tokens[id_], types[id_] = token, TokenType.NORMAL
+            tokens[id_], types[id_] = token, normal
         for added in self._tokenizer.get("added_tokens", []):
-            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        return tokens, [int(kind) for kind in types]
+            types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+        return tokens, types
 
     def _merges(self) -> list[str]:
         """The merges, each as "left right"."""

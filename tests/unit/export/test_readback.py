@@ -1,18 +1,24 @@
 """One number that differs is found in every format."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
+from bitnet_train.export import readback as module
 from bitnet_train.export.cli import run
+from bitnet_train.export.readback import Readback
 from bitnet_train.formats.gguf_blocks import GGMLType
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_ternary import pack_ternary_blocks
 from bitnet_train.formats.packing import pack_ternary, unpack_ternary
-from bitnet_train.quant import quantize_weight
+from bitnet_train.formats.safetensors_file import stored_tensors
+from bitnet_train.model.weights import Weights
+from bitnet_train.quant import TernaryWeight, quantize_weight
 from tests.folders import LINEARS, edit_tensor
 
 MATRIX, GGUF_MATRIX = "model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"
@@ -63,7 +69,7 @@ def test_verify_finds_one_number_in_a_float_file(master: Path, tmp_path: Path) -
     assert verify(master, path).differ == 1
 
 
-def overwrite(path: Path, data: bytes) -> None:
+def overwrite(path: Path, data: bytes | memoryview) -> None:
     """Puts other bytes in the place of the matrix of a GGUF file."""
     with path.open("r+b") as file:
         file.seek(GGUFFile(path).tensors[GGUF_MATRIX].offset)
@@ -81,3 +87,82 @@ def test_the_command_fails_when_the_packing_is_wrong(
     error = capsys.readouterr().err
     assert f"in {LINEARS} tensors, first model.layers.0.self_attn.q_proj.weight" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", ["gguf", "safetensors"])
+def test_a_byte_that_the_disk_changed_is_found(
+    master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """What is compared are the bytes of the file, not those that were made."""
+    compare = Readback.written
+
+    def written(self: Readback, path: Path, name: str) -> None:
+        if name == MATRIX:
+            change_a_code(path)
+        compare(self, path, name)
+
+    monkeypatch.setattr(Readback, "written", written)
+    result = export(master, tmp_path / "out", format=format)
+    assert result.verification is not None
+    assert (result.verification.differ, result.verification.mismatches) == (1, (MATRIX,))
+
+
+def change_a_code(path: Path) -> None:
+    """Changes the code in the lowest bits of the matrix's first byte, in a GGUF file or a folder."""
+    path, tensors = (
+        (path / "model.safetensors", stored_tensors(path / "model.safetensors"))
+        if path.is_dir()
+        else (path, {MATRIX: GGUFFile(path).tensors[GGUF_MATRIX]})
+    )
+    with path.open("r+b") as file:
+        file.seek(tensors[MATRIX].offset)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ (3 if byte & 3 == 2 else 1)]))
+
+
+def test_every_matrix_is_quantised_once(master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised: list[torch.Size] = []
+
+    def quantize(weight: torch.Tensor) -> TernaryWeight:
+        quantised.append(weight.shape)
+        return quantize_weight(weight)
+
+    monkeypatch.setattr("bitnet_train.model.weights.quantize_weight", quantize)
+    for target, format in (("out.gguf", "gguf"), ("out", "safetensors")):
+        quantised.clear()
+        result = export(master, tmp_path / target, format=format)
+        assert result.verification is not None
+        assert result.verification.differ == 0
+        assert len(quantised) == LINEARS
+
+
+def test_few_matrices_wait_for_a_slow_comparison(master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, waiting = 0, []
+    differs, compare = module._matrix_differs, Readback.written
+
+    def slow(trained: Weights, found: Weights, name: str, made: TernaryWeight | None) -> int:
+        nonlocal compared
+        time.sleep(0.005)
+        count = differs(trained, found, name, made)
+        compared += 1
+        return count
+
+    def written(self: Readback, path: Path, name: str) -> None:
+        compare(self, path, name)
+        waiting.append(sum("_proj" in name for name in self._counts) - compared)
+
+    monkeypatch.setattr(module, "_matrix_differs", slow)
+    monkeypatch.setattr(Readback, "written", written)
+    export(master, tmp_path / "out.gguf", format="gguf")
+    assert max(waiting) <= 4
+    assert waiting[-1] == 0  # all are compared before the file gets its name
+
+
+def test_bytes_that_are_no_codes_are_named_and_stay(
+    master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet_train.export.folders.pack_ternary", lambda codes: pack_ternary(codes).fill_(255))
+    with pytest.raises(UserError, match=r"self_attn.q_proj.weight: every two bits of packed codes must be 0, 1 or 2"):
+        export(master, tmp_path / "packed")
+    assert (tmp_path / "packed" / "model.safetensors").is_file()

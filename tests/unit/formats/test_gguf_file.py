@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.gguf_blocks import GGMLType, pack_float
@@ -79,6 +79,30 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert np.frombuffer(file.read("last", 12, 1000), "<f4").tolist() == [8, 9]
 
 
+def test_the_header_has_the_bytes_of_the_gguf_library(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "theirs.gguf", "some-arch")
+    writer.add_string("name", "a model")
+    writer.add_uint32("count", 7)
+    writer.add_float32("epsilon", 0.5)
+    writer.add_bool("flag", True)
+    writer.add_array("tokens", ["a", "é"])
+    writer.add_array("types", [1, 3])
+    writer.add_array("none", [])  # leaves no trace
+    for name, shape, dtype in (("f16", (3, 5), np.float16), ("f32", (7,), np.float32), ("last", (2, 4), np.float16)):
+        writer.add_tensor(name, np.ones(shape, dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ones = {
+        "f16": LazyBlocks(GGMLType.F16, (3, 5), [lambda: pack_float(torch.ones(15), GGMLType.F16)]),
+        "f32": LazyBlocks(GGMLType.F32, (7,), [lambda: pack_float(torch.ones(7), GGMLType.F32)]),
+        "last": LazyBlocks(GGMLType.F16, (2, 4), [lambda: pack_float(torch.ones(8), GGMLType.F16)]),
+    }
+    write_gguf(tmp_path / "ours.gguf", "some-arch", {**METADATA, "none": []}, ones)
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
 def test_the_gguf_library_reads_what_it_knows(tmp_path: Path) -> None:
     values = torch.arange(10.0).reshape(2, 5)
     blocks = LazyBlocks(GGMLType.F16, (2, 5), [lambda: pack_float(values, GGMLType.F16)])
@@ -101,6 +125,26 @@ def test_tensors_are_made_when_their_turn_has_come(tmp_path: Path) -> None:
     write_gguf(tmp_path / "file", "a", {}, {f"w{i}": LazyBlocks(GGMLType.F32, (1 << 18,), [load]) for i in range(20)})
     assert len(sizes) == 20
     assert all(index - 4 <= size <= index for index, size in enumerate(sizes))  # made a few parts ahead of the file
+
+
+def test_a_tensor_can_be_read_as_soon_as_it_is_told(tmp_path: Path) -> None:
+    values = {f"w{i}": torch.full((5,), i + 0.5) for i in range(3)}
+    tensors = {
+        name: LazyBlocks(
+            GGMLType.F32,
+            (5,),
+            [lambda v=v: pack_float(v[:3], GGMLType.F32), lambda v=v: pack_float(v[3:], GGMLType.F32)],  # type: ignore[misc]
+        )
+        for name, v in values.items()
+    }
+    told: list[str] = []
+
+    def written(path: Path, name: str) -> None:
+        told.append(name)
+        assert np.frombuffer(GGUFFile(path).read(name), "<f4").tolist() == values[name].tolist()
+
+    write_gguf(tmp_path / "file.gguf", "a", {}, tensors, written)
+    assert told == list(values)
 
 
 def test_a_tensor_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ ORACLES = {
 }
 
 
-def unpack(kind: GGMLType, data: bytes, shape: tuple[int, ...]) -> Ternary:
+def unpack(kind: GGMLType, data: bytes | memoryview, shape: tuple[int, ...]) -> Ternary:
     return unpack_ternary_blocks(kind, np.frombuffer(bytearray(data), np.uint8), shape)
 
 

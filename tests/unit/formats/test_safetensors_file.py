@@ -103,6 +103,22 @@ def test_shards_are_cut_where_the_next_tensor_does_not_fit(tmp_path: Path) -> No
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("max_shard_bytes", [1 << 20, 16])
+def test_a_tensor_can_be_read_as_soon_as_it_is_told(tmp_path: Path, max_shard_bytes: int) -> None:
+    infos = {"b": TensorInfo(torch.uint8, (2,)), "a": TensorInfo(torch.float32, (2,))}
+    parts = [{"b": torch.tensor([i], dtype=torch.uint8), "a": torch.tensor([i / 2])} for i in range(2)]
+    together = LazyTensors(infos, [partial(dict, part) for part in parts])
+    told: dict[str, list[float]] = {}
+
+    def written(folder: Path, name: str) -> None:
+        index = folder / "model.safetensors.index.json"
+        file = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
+        told[name] = stored_tensors(folder / file)[name].load().tolist()
+
+    write_weights(tmp_path, [together, LazyTensors.of("c", torch.full((3,), 2.0))], max_shard_bytes, written)
+    assert told == {"b": [0, 1], "a": [0, 0.5], "c": [2, 2, 2]}
+
+
 def test_one_shard_has_no_index(tmp_path: Path) -> None:
     write_weights(tmp_path, [LazyTensors.of("a", torch.zeros(4))], max_shard_bytes=16)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

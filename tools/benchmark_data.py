@@ -5,6 +5,7 @@
     datasets.map    load_dataset("json").map(encode_batch) to its own arrow cache, a process per core
     trl             SFTTrainer's preparation of the same data set, a process per core (where trl is installed)
     read            rows of the cache through the DataModule's loader, collated, in one process
+    stream          an epoch of the same rows without a cache (data.streaming=true), after the count of tokens
 
 python tools/benchmark_data.py [--megabytes 50] [--tokenizer DIR] [--json OUT]
 
@@ -148,15 +149,28 @@ def _tokens(mapped: Any) -> int:
 
 def read(folder: Path, watch: Stopwatch) -> int:
     """Batches of 8 rows in the shuffled order, for some seconds, from the cache that `cache` built."""
-    config = TextData(_SEQUENCE_LENGTH, train=str(folder / "corpus.jsonl"), cache_dir=str(folder / "cache"))
-    data = DataModule(config, Tokenizer.from_folder(folder / "tokenizer"), 0, 8, 8)
-    data.steps = sys.maxsize
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
-    batches, tokens = iter(data.train_dataloader()), 0
+    batches, tokens = iter(_data(folder, streaming=False).train_dataloader()), 0
     while watch.seconds < _READ_SECONDS:
         with watch:
             tokens += next(batches).input_ids.numel()
     return tokens
+
+
+def stream(folder: Path, watch: Stopwatch) -> int:
+    """Likewise an epoch, every block read and tokenized when the order comes to it."""
+    data = _data(folder, streaming=True)
+    data.steps = int(data.steps_per_epoch())
+    with watch:
+        return sum(batch.input_ids.numel() for batch in data.train_dataloader())
+
+
+def _data(folder: Path, streaming: bool) -> DataModule:
+    files = {"train": str(folder / "corpus.jsonl"), "cache_dir": str(folder / "cache")}
+    config = TextData(_SEQUENCE_LENGTH, streaming=streaming, **files)  # type: ignore[arg-type]
+    data = DataModule(config, Tokenizer.from_folder(folder / "tokenizer"), 0, 8, 8)
+    data.steps = sys.maxsize
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
+    return data
 
 
 WAYS: dict[str, Callable[[Path, Stopwatch], int]] = {
@@ -165,6 +179,7 @@ WAYS: dict[str, Callable[[Path, Stopwatch], int]] = {
     "datasets.map": datasets_map,
     "trl": trl,
     "read": read,
+    "stream": stream,
 }
 
 

@@ -51,14 +51,14 @@ def tokenized(
     """
     files = expand(paths)
     memory = cache_dir / "digests"
-    key = _key(files, encoder, memory)
+    key = key_of(files, encoder, memory)
     folder = cache_dir / "tokens" / key[:32]
     if not is_intact(folder, key, memory):
-        with _locked(folder):
+        with locked(folder):
             if not is_intact(folder, key, memory):
-                _build(files, encoder, StoreWriter(folder, key), num_proc or _processes(files), bad_rows)
+                _build(files, encoder, StoreWriter(folder, key), num_proc or processes_for(files), bad_rows)
     store = TokenStore.open(folder)
-    _report(paths, store.counts, bad_rows)
+    report(paths, store.counts, bad_rows)
     return store
 
 
@@ -68,9 +68,15 @@ def nth_row(paths: Sequence[str], number: int) -> str:
     return row.where if isinstance(row, Row) else str(row.error)
 
 
-def _key(files: Sequence[str], encoder: Encoder, memory: Path) -> str:
+def key_of(files: Sequence[str], encoder: Encoder, memory: Path) -> str:
+    """What a store of the files answers to, see the module's text."""
+    return fingerprint_of([content_of(files, encoder, memory), _code_version()])
+
+
+def content_of(files: Sequence[str], encoder: Encoder, memory: Path) -> str:
+    """The key but for the code: hash of the files' contents, of the tokenizer and of the encoder's settings."""
     contents = [_content(file, memory) for file in files]
-    return fingerprint_of([contents, encoder.tokenizer.fingerprint, repr(encoder), _code_version()])
+    return fingerprint_of([contents, encoder.tokenizer.fingerprint, repr(encoder)])
 
 
 def _content(file: str, memory: Path) -> str:
@@ -93,8 +99,8 @@ def _code_version() -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process builds a store; the operating system frees the lock of one that dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process builds what is going to be at the path; the operating system frees the lock of one that dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(f"{folder.name}.lock").open("w")
@@ -111,7 +117,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _processes(files: Sequence[str]) -> int:
+def processes_for(files: Sequence[str]) -> int:
+    """One per core if the files are large enough."""
     return workers.available_cores() if _bytes(files) >= _WORTH_WORKERS else 1
 
 
@@ -127,7 +134,7 @@ def _build(files: Sequence[str], encoder: Encoder, writer: StoreWriter, processe
         with closing(workers.encoded(encoder, rows, processes)) as chunks:
             for chunk in chunks:
                 writer.append(chunk.lengths, chunk.tokens, chunk.rows, chunk.counts)
-                _refuse(writer.counts, bad_rows)
+                refuse(writer.counts, bad_rows)
                 progress.show(writer.counts.tokens)
                 if writer.counts.tokens - committed >= _COMMIT_TOKENS:
                     writer.commit()
@@ -135,14 +142,15 @@ def _build(files: Sequence[str], encoder: Encoder, writer: StoreWriter, processe
         writer.seal()
 
 
-def _refuse(counts: Counts, rule: str) -> None:
+def refuse(counts: Counts, rule: str) -> None:
+    """Raises the error of the first bad row if the rule is "error"."""
     if counts.bad and rule == "error":
         raise UserError(f"{counts.bad_first[0]} (or leave such rows out: data.bad_rows=skip)")
 
 
-def _report(paths: Sequence[str], counts: Counts, bad_rows: str) -> None:
+def report(paths: Sequence[str], counts: Counts, bad_rows: str) -> None:
     """One line if rows were left out; an error if they may not be. A store may have been built under the other rule."""
-    _refuse(counts, bad_rows)
+    refuse(counts, bad_rows)
     if counts.bad:
         first = "; ".join(counts.bad_first)
         _say(f"{', '.join(paths)}: {counts.bad} of {counts.rows} rows are bad and were skipped: {first}")

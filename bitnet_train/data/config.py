@@ -1,6 +1,6 @@
 """The data configurations, one per kind (text, chat, preference): from paths to rows.
 
-paths -> `sources_of` -> `cache.tokenized` -> `mixture` -> `packing`
+paths -> `sources_of` -> `cache.tokenized` (or `streaming.TokenStream`) -> `mixture` -> `packing`
 """
 
 import os
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bitnet_train.data.cache import BAD_ROWS, nth_row, tokenized
+from bitnet_train.data.cache import BAD_ROWS, nth_row, report, tokenized
 from bitnet_train.data.chat import TRAIN_ON
 from bitnet_train.data.encoding import ChatEncoder, Encoder, PairEncoder, TextEncoder
 from bitnet_train.data.mixture import LONG_ROWS, Fitting, Items, first_long, fit, mixed_items, mixed_spans
 from bitnet_train.data.packing import PackedRows, PairRows, StreamRows
 from bitnet_train.data.store import TokenStore
+from bitnet_train.data.streaming import StreamedRows, TokenStream
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 
@@ -124,10 +125,13 @@ class DataConfig(ABC):
         stores = [self._store(source, encoder) for source in sources]
         return self._arrange(sources, stores, tokenizer.pad_token_id)
 
+    def training_rows(self, tokenizer: Tokenizer) -> Rows:
+        """`rows` of `train`."""
+        return self.rows(self.train, tokenizer)
+
     def _store(self, source: Source, encoder: Encoder) -> TokenStore:
         store = tokenized(source.paths, encoder, self.cache_path, self.num_proc, self.bad_rows)
-        if not len(store):
-            raise UserError(f"data: {source.name}: every row is empty or bad; give rows with text")
+        _check_size(source, store.size)
         return store
 
     def validation_sets(self) -> dict[str, Any]:
@@ -151,9 +155,35 @@ class DataConfig(ABC):
         """Sequences of every source to rows."""
 
 
+def _check_size(source: Source, tokens: int) -> None:
+    if not tokens:
+        raise UserError(f"data: {source.name}: every row is empty or bad; give rows with text")
+
+
 @dataclass(frozen=True)
 class TextData(DataConfig):
-    """Documents for pre-training: `text` of every row, joined to a stream and cut every sequence_length tokens."""
+    """Documents for pre-training: `text` of every row, joined to a stream and cut every sequence_length tokens.
+
+    Attributes:
+        streaming: no token cache of train: its tokens are counted once, and made anew whenever they are read.
+    """
+
+    streaming: bool = False
+
+    def training_rows(self, tokenizer: Tokenizer) -> Rows:
+        """See `DataConfig.training_rows`."""
+        if not self.streaming:
+            return super().training_rows(tokenizer)
+        sources, encoder = sources_of(self.train, "data.train"), self._encoder(tokenizer)
+        streams = [self._stream(source, encoder) for source in sources]
+        spans = mixed_spans(streams, [source.weight for source in sources])
+        return StreamedRows(streams, spans, self.sequence_length, tokenizer.pad_token_id)
+
+    def _stream(self, source: Source, encoder: Encoder) -> TokenStream:
+        stream = TokenStream(source.paths, encoder, self.cache_path, self.num_proc, self.bad_rows)
+        report(source.paths, stream.counts, self.bad_rows)
+        _check_size(source, stream.size)
+        return stream
 
     def _encoder(self, tokenizer: Tokenizer) -> Encoder:
         return TextEncoder(tokenizer)

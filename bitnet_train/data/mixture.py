@@ -8,20 +8,54 @@ beginning. A share of rows would be another one wherever rows differ in length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bitnet_train.data.store import TokenStore, trained_of
+from bitnet_train.data.store import Counts, TokenStore, trained_of
 from bitnet_train.errors import UserError
 
 LONG_ROWS = ("drop", "truncate", "error")
 
 
-class Span(NamedTuple):
-    """The first `tokens` tokens of a store, which end with a sequence; `source` is the number of the store."""
+class Documents(Protocol):
+    """Documents joined to one stream of tokens: a `TokenStore`, or a `streaming.TokenStream`."""
 
-    store: TokenStore
+    @property
+    def size(self) -> int:
+        """Tokens of all documents."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the documents."""
+        ...
+
+    @property
+    def counts(self) -> Counts:
+        """What they were made of."""
+        ...
+
+    def piece(self, begin: int, end: int, /) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [begin, end), uint32, and where within them documents end, int64, in (0, end - begin]."""
+        ...
+
+    def last_end(self, limit: float, /) -> int:
+        """Where the last document ends that lies within the first `limit` tokens; 0 if none does."""
+        ...
+
+
+def joined(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of documents one behind the other, as `Documents.piece` gives them."""
+    offsets = np.cumsum([0, *(len(tokens) for tokens, _ in pieces[:-1])])
+    ends = [ends + offset for (_, ends), offset in zip(pieces, offsets, strict=True)]
+    return np.concatenate([tokens for tokens, _ in pieces]), np.concatenate(ends)
+
+
+class Span(NamedTuple):
+    """The first `tokens` tokens of a store, which end with a document; `source` is the number of the store."""
+
+    store: Documents
     source: int
     tokens: int
 
@@ -111,16 +145,14 @@ def _is_trained(store: TokenStore, item: int, width: int, capacity: int) -> bool
     return all(trained_of(sequence[1:capacity]).any() for sequence in sequences)
 
 
-def mixed_spans(stores: Sequence[TokenStore], weights: Sequence[float]) -> list[Span]:
+def mixed_spans(stores: Sequence[Documents], weights: Sequence[float]) -> list[Span]:
     """Whole documents of every store, by token share."""
     spans = []
-    for source, (store, times) in enumerate(
-        zip(stores, _repetitions([len(s.tokens) for s in stores], weights), strict=True)
-    ):
+    for source, (store, times) in enumerate(zip(stores, _repetitions([s.size for s in stores], weights), strict=True)):
         whole, part = times
-        spans += [Span(store, source, len(store.tokens))] * whole
-        count = np.searchsorted(store.ends, part * len(store.tokens), side="right")
-        spans += [Span(store, source, int(store.ends[count - 1]))] if count else []
+        spans += [Span(store, source, store.size)] * whole
+        end = store.last_end(part * store.size)
+        spans += [Span(store, source, end)] if end else []
     return spans
 
 

@@ -1,6 +1,7 @@
 """The LightningDataModule: rows in the order of `data.order`, and named validation sets."""
 
 from collections.abc import Callable, Sequence, Sized
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from bitnet_train.data.config import ChatData, DataConfig, PreferenceData, Rows, Source, TextData, sources_of
-from bitnet_train.data.order import MicroBatches, ValidationBatches, sample_at
+from bitnet_train.data.order import BlockOrder, MicroBatches, ValidationBatches, sample_at
+from bitnet_train.data.streaming import StreamedRows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 
@@ -47,7 +49,7 @@ class DataModule(L.LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         if config.train is None:
             raise UserError("data.train is not set; give a path, a glob or a hub id: data.train=rows.jsonl")
-        self.row_sets: dict[str, Rows] = {"train": config.rows(config.train, tokenizer)}
+        self.row_sets: dict[str, Rows] = {"train": config.training_rows(tokenizer)}
         for name, entry in config.validation_sets().items():
             self.row_sets[name] = config.rows(entry, tokenizer, f"data.{name.replace('/', '.')}")
         self.steps = self.first_step = 0
@@ -78,7 +80,15 @@ class DataModule(L.LightningDataModule):
         count = len(rows)
         order = MicroBatches(count, self.seed, self.global_batch_size, self.micro_batch_size, self.steps, rank, ranks)
         order.first_step, order.lengths = self.first_step, self.config.sort_lengths(rows)
+        order.sample_at = self._sample_at
         return order
+
+    @cached_property
+    def _sample_at(self) -> Callable[[int], int]:
+        rows = self.row_sets["train"]
+        if isinstance(rows, StreamedRows):
+            return BlockOrder(rows.rows_by_block(), self.global_batch_size, self.seed)
+        return partial(sample_at, count=len(rows), seed=self.seed)
 
     def token_shares(self, first_step: int, last_step: int) -> dict[str, float]:
         """The share of each source in the tokens of steps [first_step, last_step), over all ranks; {} without mixture.
@@ -88,17 +98,18 @@ class DataModule(L.LightningDataModule):
         sources = sources_of(self.config.train, "data.train")
         if len(sources) < 2:
             return {}
-        rows = self.row_sets["train"]
-        positions = range(first_step * self.global_batch_size, last_step * self.global_batch_size)
-        tokens = sum(rows.tokens_by_source(sample_at(p, len(rows), self.seed)) for p in positions)
+        rows, order = self.row_sets["train"], self.micro_batches(rank=0, ranks=1)
+        tokens = sum(rows.tokens_by_source(row) for step in range(first_step, last_step) for row in order.samples(step))
         shares = (tokens / np.sum(tokens)).tolist()
         return {f"share/{name}": share for name, share in zip(_short_names(sources), shares, strict=True)}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The rest of the run's micro-batches for this rank."""
         assert self.trainer is not None
-        order = self.micro_batches(self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(self.row_sets["train"], batch_sampler=order)
+        rows, order = self.row_sets["train"], self.micro_batches(self.trainer.global_rank, self.trainer.world_size)
+        if isinstance(rows, StreamedRows):
+            rows.keep(self.global_batch_size // self.trainer.world_size)
+        return self._loader(rows, batch_sampler=order)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each of `validation_names`: all rows in order, over all ranks."""

@@ -8,7 +8,8 @@ Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, the cycle-walking
 function: splitmix64's finaliser.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -44,6 +45,47 @@ def sample_at(position: int, count: int, seed: int) -> int:
     return permuted(index, count, mix64(mix64(seed) ^ epoch))
 
 
+class BlockOrder:
+    """The sample at a position where neighbours are cheap to read together: blocks of samples are shuffled, then dealt.
+
+    All samples stand in a line: the blocks in an order of the epoch's own, and within each block its samples in one of
+    their own. The line is cut into `lanes` of equal length, one sample more or less, and position i of the epoch is the
+    next sample of lane i % lanes. Every sample comes once per epoch, and a lane reads its blocks one after the other.
+
+    Args:
+        counts: int64 `(blocks,)`, samples of each block, which are numbered through.
+    """
+
+    def __init__(self, counts: np.ndarray, lanes: int, seed: int) -> None:
+        self.counts, self.lanes, self.seed = counts, lanes, seed
+        self._first, self._total = np.cumsum(counts) - counts, int(counts.sum())
+        self._epoch, self._blocks, self._ends = -1, counts, counts
+
+    def __call__(self, position: int) -> int:
+        """The sample."""
+        epoch, index = divmod(position, self._total)
+        key = mix64(mix64(self.seed) ^ epoch)
+        self._shuffle(epoch, key)
+        place = self._place(index)
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        block = int(self._blocks[number])
+        within, count = place - int(self._ends[number] - self.counts[block]), int(self.counts[block])
+        return int(self._first[block]) + permuted(within, count, mix64(key ^ block))
+
+    def _shuffle(self, epoch: int, key: int) -> None:
+        """The order of blocks: that of Philox' raw numbers, which are the same in every version of numpy (NEP 19)."""
+        if epoch != self._epoch:
+            self._blocks = np.random.Philox(key=key).random_raw(len(self.counts)).argsort(kind="stable")
+            self._ends = np.cumsum(self.counts[self._blocks])
+            self._epoch = epoch
+
+    def _place(self, index: int) -> int:
+        """Where in the line position `index` of an epoch stands; the first lanes are one sample longer."""
+        depth, lane = divmod(index, self.lanes)
+        length, longer = divmod(self._total, self.lanes)
+        return lane * length + min(lane, longer) + depth
+
+
 class MicroBatches:
     """The micro-batches of one rank, from an optimizer step on to the end of the run: a batch sampler.
 
@@ -53,6 +95,7 @@ class MicroBatches:
 
     Attributes:
         first_step: the optimizer step to start from; set before a resumed run iterates.
+        sample_at: the sample at a position; `sample_at` of this module unless set.
         lengths: tokens of every sample; the samples of an optimizer step are then read longest first, so that those of
             a micro-batch need little padding. The step's gradient is a sum over all of them and stays the same.
     """
@@ -64,6 +107,7 @@ class MicroBatches:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.steps, self.rank, self.ranks = steps, rank, ranks
         self.first_step = 0
+        self.sample_at: Callable[[int], int] = partial(sample_at, count=count, seed=seed)
         self.lengths: np.ndarray | None = None
 
     @property
@@ -78,7 +122,7 @@ class MicroBatches:
     def samples(self, step: int) -> list[int]:
         """The samples of an optimizer step over all ranks, in the order of their positions."""
         start = step * self.global_batch_size
-        found = [sample_at(start + i, self.count, self.seed) for i in range(self.global_batch_size)]
+        found = [self.sample_at(start + i) for i in range(self.global_batch_size)]
         lengths = self.lengths
         return found if lengths is None else sorted(found, key=lambda sample: -int(lengths[sample]))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitnet_train.data.batches import PairBatch, TokenBatch, TokenRow, collate
 from bitnet_train.data.digests import array_digest, fingerprint_of
-from bitnet_train.data.mixture import Items, Span
+from bitnet_train.data.mixture import Items, Span, joined
 from bitnet_train.data.store import ids_of, trained_of
 
 
@@ -57,15 +57,10 @@ class StreamRows:
         ]
 
     def __getitem__(self, index: int) -> TokenRow:
-        pieces = self._pieces(index, overlap=1)
-        tokens = np.concatenate([span.store.tokens[begin:end] for span, begin, end in pieces])
+        pieces = [span.store.piece(begin, end) for span, begin, end in self._pieces(index, overlap=1)]
+        tokens, ends = joined(pieces)
         cuts = np.zeros(len(tokens) + 1, dtype=np.int64)
-        offset = 0
-        for span, begin, end in pieces:
-            ends = span.store.ends
-            inside = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end, side="right")]
-            cuts[inside - begin + offset] = 1
-            offset += end - begin
+        cuts[ends] = 1
         return TokenRow(ids_of(tokens), np.ones(len(tokens), dtype=np.int64), np.cumsum(cuts[:-1]))
 
     def tokens_by_source(self, index: int) -> np.ndarray:

@@ -5,6 +5,9 @@
     .parquet .arrow row number, the row
 
 each also as .gz, .xz or .zst. `pyarrow`, which comes with `datasets`, is imported when a file needs it.
+
+Reading can begin at the place behind any row. Lines are reached by their byte, rows of a .parquet by their row group,
+rows of an .arrow file by passing over those before; in a compressed file all before is decompressed.
 """
 
 import codecs
@@ -15,10 +18,12 @@ import lzma
 import shutil
 import tempfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bitnet_train.errors import UserError
 
@@ -28,17 +33,36 @@ if TYPE_CHECKING:
 Fields = dict[str, object]
 Numbered = Iterator[tuple[int, Fields | UserError]]  # what is wrong with a row stands in its place
 
+
+class Place(NamedTuple):
+    """Where in a file reading can begin: behind so many bytes (decompressed; 0 in tables) and so many lines or rows."""
+
+    offset: int = 0
+    number: int = 0
+
+
+START = Place()
+Placed = Iterator[tuple[Place, Fields | UserError]]  # each row with the place behind it
+
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
 _ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
+_ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
+_SKIPPED_AT_ONCE = 1 << 20  # bytes
 
 
 def read_file(file: str, on_read: Callable[[int], object] = int) -> Numbered:
-    """Streams (number, fields) of a file of a known format; numbers count lines or rows from 1.
+    """Streams (number, fields) of all of a file, as `read_from` does; numbers count lines or rows from 1."""
+    return ((place.number, content) for place, content in read_from(file, START, on_read))
+
+
+def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -> Placed:
+    """Streams the rows of a file of a known format from a place on, each with the place behind it.
 
     A line that is no JSON object with each name once, or a row that is no UTF-8, gives its UserError instead of fields.
 
     Args:
+        start: `START`, or a place that an earlier call gave.
         on_read: is told how many bytes of the file were read, each time.
 
     Raises:
@@ -47,7 +71,7 @@ def read_file(file: str, on_read: Callable[[int], object] = int) -> Numbered:
     read, decompressed = _READERS[format_of(file)], _DECOMPRESSORS[_suffixes(file)[1]]
     try:
         with _open(file, on_read) as raw, decompressed(raw) as stream:
-            yield from read(stream)
+            yield from read(stream, start)
     except UserError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # pyarrow's are OSError and ValueError
@@ -79,20 +103,31 @@ def _suffixes(file: str) -> tuple[str, str]:
     return Path(path.stem if compression else path.name).suffix.lower(), compression
 
 
-def _read_text(stream: io.BufferedIOBase) -> Numbered:
-    data = stream.read()
+def _read_text(stream: io.BufferedIOBase, start: Place) -> Placed:
+    data = b"" if start.number else stream.read()
     if data.strip():
-        yield 1, _or_error(_text_document, data)
+        yield Place(len(data), 1), _or_error(_text_document, data)
 
 
 def _text_document(data: bytes) -> Fields:
     return {"text": _decode(data)}
 
 
-def _read_json_lines(stream: io.BufferedIOBase) -> Numbered:
-    for number, line in enumerate(stream, start=1):
+def _read_json_lines(stream: io.BufferedIOBase, start: Place) -> Placed:
+    _skip(stream, start.offset)
+    offset = start.offset
+    for number, line in enumerate(stream, start=start.number + 1):
+        offset += len(line)
         if line.strip():
-            yield number, _or_error(_json_object, line)
+            yield Place(offset, number), _or_error(_json_object, line)
+
+
+def _skip(stream: io.BufferedIOBase, count: int) -> None:
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count > 0 and (passed := stream.read(min(count, _SKIPPED_AT_ONCE))):
+        count -= len(passed)
 
 
 def _or_error(parse: Callable[[bytes], Fields], data: bytes) -> Fields | UserError:
@@ -135,14 +170,20 @@ def _decode(data: bytes) -> str:
         raise UserError(f"byte 0x{byte:02x} at {position} is not UTF-8; convert the file with iconv") from None
 
 
-def _read_parquet(stream: io.BufferedIOBase) -> Numbered:
+def _read_parquet(stream: io.BufferedIOBase, start: Place) -> Placed:
     from pyarrow import parquet
 
     with _seekable(stream) as seekable:
-        yield from _table_rows(parquet.ParquetFile(seekable).iter_batches(batch_size=_ROWS_AT_ONCE))
+        file = parquet.ParquetFile(seekable)
+        groups = range(file.num_row_groups)
+        ends = list(accumulate((file.metadata.row_group(group).num_rows for group in groups), initial=0))
+        group = bisect_right(ends, start.number) - 1
+        if group < len(groups):
+            batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups[group:])
+            yield from _table_rows(batches, ends[group], start.number)
 
 
-def _read_arrow(stream: io.BufferedIOBase) -> Numbered:
+def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
     """Both containers: the stream that `datasets` writes, and the file (Feather 2), which begins with ARROW1."""
     from pyarrow import ipc
 
@@ -150,15 +191,24 @@ def _read_arrow(stream: io.BufferedIOBase) -> Numbered:
         is_file = seekable.read(6) == b"ARROW1"
         seekable.seek(0)
         reader = ipc.open_file(seekable) if is_file else ipc.open_stream(seekable)
-        yield from _table_rows(map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        yield from _table_rows(batches, 0, start.number)
 
 
 class _RecordBatch(Protocol):
+    def slice(self, offset: int, length: int) -> "_RecordBatch": ...
     def to_pylist(self) -> list[Fields]: ...
+    @property
+    def num_rows(self) -> int: ...
 
 
-def _table_rows(batches: Iterable[_RecordBatch]) -> Numbered:
-    return enumerate((fields for batch in batches for fields in batch.to_pylist()), start=1)
+def _table_rows(batches: Iterable[_RecordBatch], number: int, start: int) -> Placed:
+    """The rows from number `start` on, counted from 0; the first batch begins with row `number`."""
+    for batch in batches:
+        for first in range(max(start - number, 0), batch.num_rows, _ROWS_AS_OBJECTS):
+            rows = batch.slice(first, _ROWS_AS_OBJECTS).to_pylist()
+            yield from ((Place(0, number + first + i), fields) for i, fields in enumerate(rows, start=1))
+        number += batch.num_rows
 
 
 @contextmanager
@@ -215,7 +265,7 @@ _DECOMPRESSORS: Mapping[str, Callable[[io.BufferedReader], io.BufferedIOBase]] =
     ".xz": _xz,
     ".zst": _zstd,
 }
-_READERS: Mapping[str, Callable[[io.BufferedIOBase], Numbered]] = {
+_READERS: Mapping[str, Callable[[io.BufferedIOBase, Place], Placed]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,

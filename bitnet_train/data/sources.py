@@ -12,10 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from bitnet_train.data.hub import is_hub_id, read_hub
-from bitnet_train.data.readers import FORMATS, Fields, format_of, is_readable, read_file, type_name
+from bitnet_train.data.readers import (
+    FORMATS,
+    START,
+    Fields,
+    Place,
+    format_of,
+    is_readable,
+    read_file,
+    read_from,
+    type_name,
+)
 from bitnet_train.errors import UserError
 
 _METADATA = {"dataset_dict.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside its .arrow files
@@ -98,12 +108,62 @@ def _rows_of(file: str, on_read: Callable[[int], object]) -> Iterator[Row | BadR
     empty = True
     for number, content in read_hub(file) if is_hub_id(file) else read_file(file, on_read):
         empty = False
-        if isinstance(content, UserError):
-            yield BadRow(UserError(f"{file}:{number}: {content}"))
-        else:
-            yield Row(file, number, content)
+        yield row_of(file, number, content)
     if empty:
-        raise UserError(f"{file}: the file holds no rows; fill it or take it out of the data paths")
+        raise no_rows(file)
+
+
+def characters_of(value: object) -> int:
+    """Characters of a row or of a value in it; what is no text counts for eight."""
+    if isinstance(value, Row):
+        return characters_of(value.fields)
+    if isinstance(value, dict):
+        return sum(map(characters_of, value.values()))
+    if isinstance(value, list):
+        return sum(map(characters_of, value))
+    return len(value) if isinstance(value, str) else 8
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a file; reading it again begins at `start`, reading on at `end`."""
+
+    start: Place
+    end: Place
+    rows: list[Row | BadRow]
+
+
+def read_blocks(file: str, start: Place, characters: int, on_read: Callable[[int], object] = int) -> Iterator[Block]:
+    """Streams a file from a place on in blocks of whole rows, each of at least so many characters but for the last.
+
+    From the start of any block on the blocks are the same.
+
+    Raises:
+        UserError: a damaged file, a file without rows.
+    """
+    rows: list[Row | BadRow] = []
+    size, first, end = 0, start, start
+    for end, content in read_from(file, start, on_read):
+        rows.append(row_of(file, end.number, content))
+        size += characters_of(content)
+        if size >= characters:
+            yield Block(first, end, rows)
+            rows, size, first = [], 0, end
+    if rows:
+        yield Block(first, end, rows)
+    elif end == START:
+        raise no_rows(file)
+
+
+def row_of(file: str, number: int, content: Fields | UserError) -> Row | BadRow:
+    """A row as `readers` gives it."""
+    if isinstance(content, UserError):
+        return BadRow(UserError(f"{file}:{number}: {content}"))
+    return Row(file, number, content)
+
+
+def no_rows(file: str) -> UserError:
+    """What is said of a file without rows."""
+    return UserError(f"{file}: the file holds no rows; fill it or take it out of the data paths")
 
 
 def expand(paths: str | Sequence[str]) -> list[str]:

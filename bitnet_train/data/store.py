@@ -85,7 +85,7 @@ class TokenStore:
         with suppress(OSError):  # a cache that may only be read
             os.utime(folder / _MANIFEST)
         tokens, ends, rows = (_map(folder / name, dtype) for name, dtype in _FILES.items())
-        store = cls(tokens, ends, rows, _counts(json.loads((folder / _MANIFEST).read_text())))
+        store = cls(tokens, ends, rows, counts_of(json.loads((folder / _MANIFEST).read_text())))
         store._folder = folder
         return store
 
@@ -102,6 +102,21 @@ class TokenStore:
         if self._folder is None:
             return TokenStore, (self.tokens, self.ends, self.rows, self.counts)
         return TokenStore.open, (self._folder,)
+
+    @property
+    def size(self) -> int:
+        """Tokens of all sequences."""
+        return len(self.tokens)
+
+    def piece(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [begin, end) of all sequences joined, and where within them sequences end, (0, end - begin]."""
+        first, last = np.searchsorted(self.ends, (begin, end), side="right")
+        return self.tokens[begin:end], self.ends[first:last] - begin
+
+    def last_end(self, limit: float) -> int:
+        """Where the last sequence ends that lies within the first `limit` tokens; 0 if none does."""
+        count = np.searchsorted(self.ends, limit, side="right")
+        return int(self.ends[count - 1]) if count else 0
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -145,7 +160,7 @@ class StoreWriter:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key, self.partial = folder, key, folder.with_name(f"{folder.name}.partial")
         progress = self._progress()
-        self.counts = _counts(progress)
+        self.counts = counts_of(progress)
         self._files = {name: _opened_at(self.partial / name, size) for name, size in progress["bytes"].items()}
 
     def _progress(self) -> dict[str, Any]:
@@ -216,6 +231,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content))
 
 
-def _counts(content: dict[str, Any]) -> Counts:
+def counts_of(content: dict[str, Any]) -> Counts:
     first = tuple(map(str, content["bad_first"]))
     return Counts(int(content["rows"]), int(content["tokens"]), int(content["bad"]), first)

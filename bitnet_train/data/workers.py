@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitnet_train.data.encoding import Encoded, Encoder
-from bitnet_train.data.sources import BadRow, Row
+from bitnet_train.data.sources import BadRow, Row, characters_of
 from bitnet_train.data.store import BAD_ROWS_NAMED, Counts
 from bitnet_train.errors import UserError
 
@@ -41,10 +41,16 @@ def available_cores() -> int:
 
 
 def encoded(encoder: Encoder, rows: Iterable[Row | BadRow], processes: int) -> Generator[Chunk, None, None]:
-    """Encodes rows in chunks. One process is this one, where the tokenizer has threads of its own."""
-    chunks = _chunked(rows)
+    """Encodes rows in chunks, see `encoded_chunks`."""
+    return encoded_chunks(encoder, _chunked(rows), processes)
+
+
+def encoded_chunks(
+    encoder: Encoder, chunks: Iterator[list[Row | BadRow]], processes: int
+) -> Generator[Chunk, None, None]:
+    """Encodes chunks of rows. One process is this one, where the tokenizer has threads of its own."""
     if processes == 1:
-        return (_encode(encoder, chunk) for chunk in chunks)
+        return (encoded_rows(encoder, chunk) for chunk in chunks)
     return _encoded_by_workers(encoder, chunks, processes)
 
 
@@ -83,7 +89,7 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
 
 
 def _encode_in_worker(chunk: list[Row | BadRow]) -> Chunk:
-    return _encode(_encoder, chunk)
+    return encoded_rows(_encoder, chunk)
 
 
 def _chunked(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
@@ -91,7 +97,7 @@ def _chunked(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += _size(row)
+        characters += characters_of(row)
         if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -99,18 +105,8 @@ def _chunked(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
         yield chunk
 
 
-def _size(value: object) -> int:
-    """Characters of a row or of a value in it; what is no text counts for eight."""
-    if isinstance(value, Row):
-        return _size(value.fields)
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str) else 8
-
-
-def _encode(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
+def encoded_rows(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
+    """One chunk."""
     results: list[Encoded] = [row.error if isinstance(row, BadRow) else [] for row in rows]
     good = [(number, row) for number, row in enumerate(rows) if isinstance(row, Row)]
     for (number, _), encoded_row in zip(good, encoder.encode([row for _, row in good]), strict=True):

@@ -256,7 +256,7 @@ def test_killed_while_it_is_built_it_goes_on_and_ends_with_the_same_bytes(
         assert progress["rows"] > committed
         committed = progress["rows"]
     encoded: list[Row | BadRow] = []
-    monkeypatch.setattr(workers, "_encode", _noting(workers._encode, encoded))
+    monkeypatch.setattr(workers, "encoded_rows", _noting(workers.encoded_rows, encoded))
     build(text)
     assert content(folder) == whole
     assert len(encoded) == ROWS - committed

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitnet_train.data import counting
 from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.config import ChatData, DataConfig, PreferenceData, TextData, sources_of
 from bitnet_train.data.module import DataModule
@@ -26,24 +27,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("module")
     write_jsonl(folder / "text.jsonl", text_rows(60))
     write_jsonl(folder / "more.jsonl", text_rows(90)[60:])
+    write_jsonl(folder / "few.jsonl", text_rows(20))
     write_jsonl(folder / "chat.jsonl", chat_rows(60))
     write_jsonl(folder / "pairs.jsonl", preference_rows(37))
     return folder
 
 
 def configs(folder: Path) -> dict[str, DataConfig]:
-    """A run of every kind; the mixture repeats one source two and a bit times."""
+    """A run of every kind; the mixtures repeat one source one or two and a bit times."""
     cache: dict[str, Any] = {"cache_dir": str(folder / "cache")}
     mixture = [{"path": str(folder / name), "weight": w} for name, w in (("text.jsonl", 2.0), ("more.jsonl", 2.3))]
+    few = {"path": str(folder / "few.jsonl"), "weight": 1.9}
     return {
         "text": TextData(32, train=str(folder / "text.jsonl"), **cache),
         "mixture": TextData(32, train=mixture, **cache),
+        "streamed": TextData(32, train=[*mixture[1:], few], streaming=True, **cache),
         "chat": ChatData(127, train=str(folder / "chat.jsonl"), **cache),
         "pairs": PreferenceData(127, train=str(folder / "pairs.jsonl"), **cache),
     }
 
 
-KINDS = ["text", "mixture", "chat", "pairs"]
+KINDS = ["text", "mixture", "streamed", "chat", "pairs"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is streamed has some twenty blocks, of four documents each."""
+    monkeypatch.setattr(counting, "BLOCK_CHARACTERS", 300)
 
 
 def module(config: DataConfig, steps: int, micro: int = 2, first_step: int = 0) -> DataModule:
@@ -138,12 +148,13 @@ def padding(order: Iterator[list[int]] | Any, rows: PairRows) -> int:
 # ---- mixtures ----
 
 
-def test_a_mixture_has_the_shares_that_were_asked_for(folder: Path) -> None:
-    data = module(configs(folder)["mixture"], 1)
+@pytest.mark.parametrize(("kind", "name", "share"), [("mixture", "text", 2.0 / 4.3), ("streamed", "few", 1.9 / 4.2)])
+def test_a_mixture_has_the_shares_that_were_asked_for(folder: Path, kind: str, name: str, share: float) -> None:
+    data = module(configs(folder)[kind], 1)
     epoch = -(-len(data.row_sets["train"]) // GLOBAL_BATCH)
     shares = data.token_shares(0, epoch)
-    assert list(shares) == ["share/text.jsonl", "share/more.jsonl"]
-    assert shares["share/text.jsonl"] == pytest.approx(2.0 / 4.3, abs=0.03)
+    assert set(shares) == {f"share/{name}.jsonl", "share/more.jsonl"}
+    assert shares[f"share/{name}.jsonl"] == pytest.approx(share, abs=0.03)
     assert sum(shares.values()) == pytest.approx(1.0)
 
 

@@ -1,10 +1,13 @@
 """The order of samples: a permutation per epoch, the same for any number of ranks, from any step on."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_train.data.order import MicroBatches, ValidationBatches, permuted, sample_at
+from bitnet_train.data.order import BlockOrder, MicroBatches, ValidationBatches, permuted, sample_at
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
@@ -24,6 +27,29 @@ def test_epochs_and_seeds_differ() -> None:
 def test_order_is_pinned() -> None:
     """A change here makes every run that resumes read other samples."""
     assert [sample_at(i, 10, 0) for i in range(20)] == [7, 2, 5, 4, 0, 8, 3, 9, 1, 6, 7, 5, 6, 9, 3, 8, 2, 4, 1, 0]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any), st.integers(1, 12), st.integers(0, 2**64 - 1))
+def test_blocks_are_read_one_after_the_other_by_every_lane(counts: list[int], lanes: int, seed: int) -> None:
+    """And every sample comes once per epoch."""
+    order, total = BlockOrder(np.array(counts), lanes, seed), sum(counts)
+    block_of = np.repeat(np.arange(len(counts)), counts)
+    backwards = [order(position) for position in range(2 * total - 1, -1, -1)]
+    for epoch in range(2):
+        samples = [order(position) for position in range(epoch * total, (epoch + 1) * total)]
+        assert samples == backwards[::-1][epoch * total : (epoch + 1) * total]
+        assert sorted(samples) == list(range(total))
+        line = [block_of[sample] for lane in range(lanes) for sample in samples[lane::lanes]]
+        assert sum(a != b for a, b in pairwise(line)) == np.count_nonzero(counts) - 1
+
+
+def test_order_of_blocks_is_pinned() -> None:
+    """As `test_order_is_pinned`."""
+    order = BlockOrder(np.array([4, 3, 0, 5]), lanes=4, seed=0)
+    assert [order(i) for i in range(24)] == [
+        *(4, 9, 8, 2, 5, 11, 10, 1, 6, 7, 3, 0),
+        *(11, 10, 4, 0, 7, 9, 5, 2, 8, 6, 1, 3),
+    ]
 
 
 def steps(ranks: int, micro: int, first_step: int = 0) -> list[list[int]]:

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
 
+from bitnet_train.data.readers import START, read_from
 from bitnet_train.data.sources import Message, Row, expand, messages_of, read_rows, text_of, tools_of
 from bitnet_train.errors import UserError
 
@@ -64,6 +65,21 @@ def test_json_lines(tmp_path: Path, name: str, compression: str) -> None:
     path = tmp_path / (name + compression)
     path.write_bytes(COMPRESSIONS[compression](JSON_LINES))
     assert fields(read_rows(str(path))) == ROWS
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "stream.arrow", "feather.arrow"])
+def test_reading_goes_on_at_any_place(tmp_path: Path, name: str, compression: str) -> None:
+    if name.endswith((".jsonl", ".txt")):
+        (tmp_path / name).write_bytes(JSON_LINES.replace(b"\n", b"\n\n \n") + b"{broken")
+    else:
+        write_table(tmp_path / name)
+    path = tmp_path / ("x-" + name + compression)
+    path.write_bytes(COMPRESSIONS[compression]((tmp_path / name).read_bytes()))
+    whole = [(place, str(content)) for place, content in read_from(str(path), START)]
+    assert len(whole) == (1 if name == "a.txt" else 4 if name == "a.jsonl" else 3)
+    for rest, (place, _) in enumerate(whole, start=1):
+        assert [(place, str(content)) for place, content in read_from(str(path), place)] == whole[rest:]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)

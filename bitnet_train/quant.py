@@ -96,7 +96,7 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     if weight.is_contiguous() and native.available(weight):
         return native.ternary_codes(weight, float(half))
     weight = weight.float()
-    return torch.gt(weight, half).view(torch.int8) - torch.lt(weight, -half).view(torch.int8)
+    return torch.gt(weight, half).to(torch.int8) - torch.lt(weight, -half).to(torch.int8)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> TernaryWeight:

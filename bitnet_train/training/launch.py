@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from bitnet_train.config import RunConfig
-from bitnet_train.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, report_status
@@ -166,7 +166,7 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
     """
     failures = result.failures
     codes = {failure.exitcode for failure in failures.values()}
-    if EXIT_REQUEUE in codes or -ranks.asked in codes - {0}:  # the latter has died before it could listen
+    if EXIT_REQUEUE in codes or any(_was_deaf(failure, ranks.asked) for failure in failures.values()):
         raise StopRequested(signal.Signals(ranks.asked).name if ranks.asked else read_status(run_dir)["reason"])
     for failure in failures.values():
         if failure.exitcode == EXIT_USER_ERROR:
@@ -177,6 +177,15 @@ def _conclude(ranks: Ranks, result: RunProcsResult, run_dir: Path) -> None:
         reason = _reason(failures, ranks.stuck)
         report_status(run_dir, "failed", read_status(run_dir)["step"] or 0, reason)
         raise RunFailed(f"{reason}; start the same command again: it goes on from step {_saved_step(run_dir)}")
+
+
+def _was_deaf(failure: ProcessFailure, signal_number: int) -> bool:
+    """Whether the signal (0 for none) ended a rank that could not listen yet: Python itself was still starting.
+
+    It dies of the signal, or ends with 1 and a word of its own, without the exception that a rank leaves.
+    """
+    unexplained = failure.exitcode == EXIT_FAILURE and isinstance(failure.message, str)
+    return signal_number > 0 and (failure.exitcode == -signal_number or unexplained)
 
 
 def _saved_step(run_dir: Path) -> int:

@@ -60,6 +60,18 @@ def test_a_run_directory_that_vanished_hides_no_reason(tmp_path: Path, caplog: p
     assert "status.json cannot be written" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("code", "error", "asked"), [(-2, "", 2), (1, "", 2), (1, "OSError", 2), (-9, "", 2), (1, "", 0)]
+)
+def test_a_signal_before_a_rank_can_listen_is_a_stop(tmp_path: Path, code: int, error: str, asked: int) -> None:
+    """Python that is interrupted while it starts ends with 1. A rank's exception and another signal are failures."""
+    ranks = launch.Ranks(2, (), 0, str(tmp_path))
+    ranks.asked = asked
+    ended = RunProcsResult(failures={0: failure(tmp_path, 0, code, error)})
+    with pytest.raises(StopRequested if asked and code > -9 and not error else RunFailed):
+        launch._conclude(ranks, ended, tmp_path)
+
+
 def test_a_rank_whose_run_directory_vanished_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_
 
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
 _EXPLAINED = f"{RunFailed.__name__}: "  # how the message of one that needs no traceback begins
+_TIMED_OUT = ("timed out", "application timeout")  # how gloo says that it has waited too long for another rank
 _ABORTED = -signal.SIGABRT  # how NCCL ends a rank that has waited too long for the others
 
 
@@ -225,10 +226,14 @@ def _exception(failure: ProcessFailure) -> tuple[str, str]:
 
 def _waited(failure: ProcessFailure) -> bool:
     """Whether a collective has waited for too long."""
-    return "timed out" in _exception(failure)[1].lower()
+    return _says(failure, *_TIMED_OUT)
 
 
 def _lost_another(failure: ProcessFailure) -> bool:
     """Whether the exception says only that another rank is gone."""
+    return _says(failure, "connection closed by peer", "connection reset by peer", *_TIMED_OUT)
+
+
+def _says(failure: ProcessFailure, *words: str) -> bool:
     text = _exception(failure)[1].lower()
-    return any(words in text for words in ("connection closed by peer", "connection reset by peer", "timed out"))
+    return any(some in text for some in words)

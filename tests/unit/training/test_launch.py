@@ -20,6 +20,8 @@ pytestmark = pytest.mark.fault
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
 WAITED = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation"
 
+CLOSED = "RuntimeError: Application timeout caused pair closure"
+
 
 def failure(tmp_path: Path, rank: int, code: int, error: str = "") -> ProcessFailure:
     """How a rank of process 100 + rank has ended; `error` is the exception that it left."""
@@ -37,6 +39,7 @@ CASES: dict[str, tuple[list[tuple[int, str]], set[int], str]] = {
     "an exception of its own": ([(1, LOST), (1, "OSError: full")], set(), "rank 1 (process 101) failed: OSError: full"),
     "an exception, the other waits": ([(1, "OSError: full"), (-9, "")], {1}, "rank 0 (process 100) failed: OSError"),
     "hung, gloo": ([(1, WAITED), (-9, "")], {1}, "rank 1 (process 101) hung"),
+    "hung, gloo's other word": ([(1, CLOSED), (-9, "")], {1}, "rank 1 (process 101) hung"),
     "hung, nccl": ([(-9, ""), (-6, "")], {0}, "rank 0 (process 100) hung"),
     "hung, of three": ([(1, LOST), (1, WAITED), (-9, "")], {2}, "rank 2 (process 102) hung"),
     "no word": ([(1, LOST), (3, "")], set(), "rank 1 (process 101) failed: exit code 3"),

@@ -6,6 +6,7 @@ not the user's (tests/contract and tests/integration/test_quickstart.py have tha
 
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -24,10 +25,16 @@ class Program(ForkServerProcess):
     """A program that runs in a folder; what it prints is kept in two files there or elsewhere."""
 
     def __init__(
-        self, *arguments: str, cwd: Path, out: Path, error: Path, variables: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        cwd: Path,
+        out: Path,
+        error: Path,
+        variables: Mapping[str, str] | None = None,
+        memory: int | None = None,
     ) -> None:
-        """Starts it, with variables beside those of `environment`."""
-        what = (arguments, cwd, {**environment(), **(variables or {})}, out, error)
+        """Starts it, with variables beside those of `environment`, and with so many bytes of memory as its own."""
+        what = (arguments, cwd, {**environment(), **(variables or {})}, out, error, memory)
         super().__init__(target=_program, args=what, daemon=True)
         self.start()
 
@@ -38,12 +45,16 @@ def start(*overrides: str, cwd: Path, log: Path) -> Program:
 
 
 def python(
-    *arguments: str, cwd: Path, timeout: float = 240, variables: Mapping[str, str] | None = None
+    *arguments: str,
+    cwd: Path,
+    timeout: float = 240,
+    variables: Mapping[str, str] | None = None,
+    memory: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` in a folder and waits."""
     with tempfile.TemporaryDirectory() as folder:
         out, error = Path(folder, "out"), Path(folder, "error")
-        process = Program(*arguments, cwd=cwd, out=out, error=error, variables=variables)
+        process = Program(*arguments, cwd=cwd, out=out, error=error, variables=variables, memory=memory)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -51,17 +62,22 @@ def python(
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), error.read_text())
 
 
-def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def train(*overrides: str, cwd: Path, memory: int | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m bitnet_train OVERRIDES`."""
-    return python("-m", "bitnet_train", *overrides, cwd=cwd)
+    return python("-m", "bitnet_train", *overrides, cwd=cwd, memory=memory)
 
 
-def _program(arguments: Sequence[str], cwd: Path, variables: Mapping[str, str], out: Path, error: Path) -> None:
+def _program(
+    arguments: Sequence[str], cwd: Path, variables: Mapping[str, str], out: Path, error: Path, memory: int | None
+) -> None:
     os.chdir(cwd)
     os.environ.update(variables)
     for number, file in ((1, out), (2, error)):
         with file.open("a") as stream:
             os.dup2(stream.fileno(), number)
+    if memory is not None:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, resource.RLIM_INFINITY))
     first, *rest = arguments
     if first == "-m":
         sys.argv = [rest[0], *rest[1:]]

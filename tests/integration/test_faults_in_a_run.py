@@ -1,4 +1,7 @@
-"""What disks, numbers, files and clocks do to a run: the fault is real, the run is in the process of the tests."""
+"""What disks, numbers, files and clocks do to a run: the fault is real, the run is in the process of the tests.
+
+But where memory ends: oneDNN that once found none for its code makes none for the rest of the process.
+"""
 
 import json
 import os
@@ -23,6 +26,7 @@ from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.stages.base import StageOutput
 from bitnet_train.stages.pretrain import Pretrain
 from bitnet_train.training import checkpoint
+from tests import forked
 from tests.faults import limited
 from tests.runs import metrics
 from tests.support import TINY_PRETRAIN, environment, text_rows, write_corpus, write_jsonl
@@ -305,26 +309,23 @@ def test_an_environment_that_lets_pickles_run_is_refused(run: Run, monkeypatch: 
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in refused.said
 
 
-def test_out_of_memory_is_one_line_and_a_sweep_goes_on(run: Run) -> None:
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    with limited(resource.RLIMIT_AS, in_use + (1 << 29)):
-        sizes = ["hydra.mode=MULTIRUN", "global_batch_size=16384,4", "micro_batch_size=${global_batch_size}"]
-        ended = run("sweep", *sizes, "max_steps=1", "data.val=null")
-    assert ended.code == 1
-    line = next(line for line in ended.said.splitlines() if "out of memory" in line)
+def test_out_of_memory_is_one_line_and_a_sweep_goes_on(data: Path) -> None:
+    sizes = ["hydra.mode=MULTIRUN", "global_batch_size=16384,4", "micro_batch_size=${global_batch_size}"]
+    ended = forked.train(*RUN, *sizes, "max_steps=1", "data.val=null", "run_dir=sweep", cwd=data, memory=1 << 29)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said
+    line = next(line for line in said.splitlines() if "out of memory" in line)
     assert "out of memory on rank 0, in step 0 with micro-batches of 16384 rows of 64 positions" in line
     assert "lower micro_batch_size or data.sequence_length, or set execution.activation_checkpointing=full" in line
-    assert "Traceback" not in ended.said
-    states = [json.loads((ended.run_dir / job / "status.json").read_text())["state"] for job in ("0", "1")]
+    assert "Traceback" not in said
+    states = [json.loads((data / "sweep" / job / "status.json").read_text())["state"] for job in ("0", "1")]
     assert states == ["failed", "done"]
 
 
-def test_a_model_that_does_not_fit_into_memory_is_one_line(run: Run) -> None:
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    with limited(resource.RLIMIT_AS, in_use + (1 << 29)):
-        ended = run("too-large", "model.vocab_size=4000000")
-    assert ended.code == 1
-    (line,) = ended.said.strip().splitlines()
+def test_a_model_that_does_not_fit_into_memory_is_one_line(data: Path) -> None:
+    ended = forked.train(*RUN, "model.vocab_size=4000000", "run_dir=too-large", cwd=data, memory=1 << 29)
+    assert ended.returncode == 1
+    (line,) = (ended.stdout + ended.stderr).strip().splitlines()
     assert "out of memory on rank 0, while the model is built; take a smaller model=" in line
 
 

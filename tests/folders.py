@@ -20,7 +20,7 @@ LLAMA_3_SPLIT = (
 TEXT = "It's a small text about small things: the small cat sat on the small mat, 12345 times. " * 3
 
 _ANIMALS = ("cat", "dog", "fox", "owl", "hen", "ant", "bee", "cow", "pig", "rat")
-_STEPS = 140
+_STEPS = 40
 
 LINEARS = 14  # the ternary matrices of the model below: two layers of seven
 CODES = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)  # their weights
@@ -108,12 +108,14 @@ def write_trained(folder: Path, fields: Mapping[str, int | str | bool], steps: i
     texts = [f"The {animal} number {n} sat on mat {n * n}. " * 3 for n, animal in enumerate(_ANIMALS, 11)]
     rows = [[tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
     ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rate.step()
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return texts

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor
 
 from bitnet_train import config as configuration
@@ -122,13 +123,10 @@ class Groups:
         assert codes == [0] * count, "\n".join(log.read_text()[-4000:] for log in logs)
 
 
-def run(job: Job) -> None:
+def run(job: Job, config: DictConfig) -> None:
     """A job in this process, which may be a rank."""
-    configuration.register()
     ranks.on_first(job.prepare)
     Path(job.run_dir).mkdir(exist_ok=True)
-    with initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
-        config = compose("train", [*job.overrides, f"run_dir={job.run_dir}"])
     try:
         with limited(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY):
             run_training(configuration.run_config(config), config, Path(job.run_dir))
@@ -144,11 +142,13 @@ def _group(count: int, jobs: Sequence[Job]) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ["LAUNCHER_PID"] = str(os.getpid())
-    pids = [os.fork() or _rank(rank, count, port, jobs) for rank in range(count)]
+    with initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
+        configs = [compose("train", [*job.overrides, f"run_dir={job.run_dir}"]) for job in jobs]
+    pids = [os.fork() or _rank(rank, count, port, jobs, configs) for rank in range(count)]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def _rank(rank: int, count: int, port: int, jobs: Sequence[Job]) -> NoReturn:
+def _rank(rank: int, count: int, port: int, jobs: Sequence[Job], configs: Sequence[DictConfig]) -> NoReturn:
     """A rank of several; a process that stands alone is none."""
     worker.die_with_the_parent()
     if count > 1:
@@ -167,9 +167,9 @@ def _rank(rank: int, count: int, port: int, jobs: Sequence[Job]) -> NoReturn:
     os.dup2(log, sys.stderr.fileno())
     try:
         with ranks.joined(600.0):
-            for job in jobs:
+            for job, config in zip(jobs, configs, strict=True):
                 print("JOB", job.run_dir, flush=True)
-                run(job)
+                run(job, config)
     except BaseException:
         traceback.print_exc()
         worker.leave(1)
@@ -178,6 +178,7 @@ def _rank(rank: int, count: int, port: int, jobs: Sequence[Job]) -> NoReturn:
 
 if __name__ == "__main__":
     worker.die_with_the_parent()
+    configuration.register()
     for line in sys.stdin:
         count, jobs = json.loads(line)
         print(json.dumps(_group(count, [Job(**job) for job in jobs])), flush=True)

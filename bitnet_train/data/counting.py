@@ -9,11 +9,12 @@ goes on there after a kill. The last entry holds no tokens: it says where counti
 """
 
 import json
+import os
 import zipfile
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -74,12 +75,13 @@ def counted(
             raise UserError(f"{file}: data.streaming reads files; download the data set, or leave out data.streaming")
     key = fingerprint_of([key_of(files, encoder, cache_dir / "digests"), BLOCK_CHARACTERS])
     path = cache_dir / "counts" / f"{key[:32]}.npz"
-    if not _Counting.load(path, key).whole:
+    counting = _Counting.load(path, key)
+    if not counting.whole:
         with locked(path):
             counting = _Counting.load(path, key)
             if not counting.whole:
                 _count(files, encoder, path, counting, num_proc or processes_for(files), bad_rows)
-    return _Counting.load(path, key).index()
+    return counting.index()
 
 
 @dataclass
@@ -93,7 +95,9 @@ class _Counting:
 
     @classmethod
     def load(cls, path: Path, key: str) -> "_Counting":
-        """What was saved; nothing if it is torn or answers to another key."""
+        """What was saved; nothing if it is torn or answers to another key. The file's time is that of the last use."""
+        with suppress(OSError):  # there is none, or the cache may only be read
+            os.utime(path)
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))

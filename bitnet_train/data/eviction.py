@@ -1,10 +1,11 @@
 """Room in the cache again: what it holds, by last use, and removing what was not used for longest.
 
     CACHE_DIR/tokens/KEY/               a token store; KEY.partial: one that is being built, or was until a kill
+    CACHE_DIR/counts/KEY.npz            the index of a corpus that is streamed
     CACHE_DIR/reference-*.safetensors   log-probabilities of DPO's reference
 
 All of it is made again when it is wanted again. A store that a process is building now is left alone, and a run that
-has one open keeps reading it: its bytes live until the run ends.
+has one open keeps reading it: its bytes live until the run ends. An index is in the memory of a run that uses it.
 """
 
 import fcntl
@@ -46,6 +47,7 @@ def evict(cache_dir: Path, keep: int) -> list[Entry]:
 
 def _paths(cache_dir: Path) -> Iterator[Path]:
     yield from (path for path in (cache_dir / "tokens").glob("*") if path.is_dir())
+    yield from cache_dir.glob("counts/*.npz")
     yield from cache_dir.glob("reference-*.safetensors")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.data.cache import tokenized
+from bitnet_train.data.counting import counted
 from bitnet_train.data.encoding import TextEncoder
 from bitnet_train.data.eviction import entries, evict
 from bitnet_train.data.store import TokenStore
@@ -66,6 +67,21 @@ def test_an_open_store_can_still_be_read(cache: Path) -> None:
     before = store.tokens.tolist()
     evict(cache, 0)
     assert store.tokens.tolist() == before
+
+
+def test_an_index_of_a_streamed_corpus_is_listed_and_counted_again(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows(10))
+    before = counted([str(file)], ENCODER, tmp_path / "cache")
+    (entry,) = entries(tmp_path / "cache")
+    assert entry.path.parent.name == "counts"
+    assert entry.size == entry.path.stat().st_size
+    os.utime(entry.path, (1, 1))
+    counted([str(file)], ENCODER, tmp_path / "cache")
+    assert entries(tmp_path / "cache")[0].used > 1
+    assert [entry.path for entry in evict(tmp_path / "cache", 0)] == [entry.path]
+    again = counted([str(file)], ENCODER, tmp_path / "cache")
+    assert again.tokens.tolist() == before.tokens.tolist()
+    assert again.counts == before.counts
 
 
 def test_what_is_being_built_stays(cache: Path) -> None:

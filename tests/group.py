@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from typing import Any, NoReturn
 import lightning as L
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import RunFailed
@@ -178,6 +179,7 @@ def _rank(rank: int, count: int, port: int, jobs: Sequence[Job], configs: Sequen
 
 if __name__ == "__main__":
     worker.die_with_the_parent()
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]  # a minute less
     configuration.register()
     for line in sys.stdin:
         count, jobs = json.loads(line)

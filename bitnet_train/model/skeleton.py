@@ -11,8 +11,8 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 
-class uninitialized(TorchFunctionMode):  # noqa: N801  # a context manager
-    """Within it the functions of torch.nn.init leave their tensor as it is."""
+class _Calls(TorchFunctionMode):
+    """Within it `call` does what torch was asked to do: `init` says that a function of torch.nn.init was called."""
 
     def __torch_function__(
         self,
@@ -21,12 +21,22 @@ class uninitialized(TorchFunctionMode):  # noqa: N801  # a context manager
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+        return self.call(func, getattr(func, "__module__", None) == torch.nn.init.__name__, args, dict(kwargs or {}))
+
+    def call(self, func: Callable[..., Any], init: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
 
-class own_rows(TorchFunctionMode):  # noqa: N801  # a context manager
+class uninitialized(_Calls):  # noqa: N801  # a context manager
+    """Within it the functions of torch.nn.init leave their tensor as it is."""
+
+    def call(self, func: Callable[..., Any], init: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if init:
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)
+
+
+class own_rows(_Calls):  # noqa: N801  # a context manager
     """Within it only some rows of a matrix get values; the others take no memory, as nobody writes to it.
 
     The functions of torch.nn.init draw a matrix whole, all of them into the same memory, so that the values are those
@@ -41,20 +51,12 @@ class own_rows(TorchFunctionMode):  # noqa: N801  # a context manager
         self.rows = rows
         self._drawn = torch.empty(0)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], init: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         target = args[0] if args else options.get("tensor")
-        initialises = getattr(func, "__module__", None) == torch.nn.init.__name__
-        if not isinstance(target, nn.Parameter) or target.ndim < 2 or not (initialises or func is Tensor.copy_):
+        if not isinstance(target, nn.Parameter) or target.ndim < 2 or not (init or func is Tensor.copy_):
             return func(*args, **options)
         options.pop("tensor", None)
-        whole = func(self._memory_for(target), *args[1:], **options) if initialises else args[1]
+        whole = func(self._memory_for(target), *args[1:], **options) if init else args[1]
         rows = self.rows(len(target))
         target.data[rows.start : rows.stop] = whole[rows.start : rows.stop]
         return target

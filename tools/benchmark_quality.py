@@ -9,7 +9,9 @@ python tools/benchmark_quality.py [--only NAME ...] [--seeds N] [--steps N] [--j
     likelihood  share of held-out pairs of answers in which `sum` gives the chosen one more likelihood
     dpo         share in which it has the higher implicit reward, after DPO of `sum`
     code        the same of pairs of bad and good code, after DPO of `sum` on those; `code likelihood` before,
-                `code trained` for the training pairs of the last steps
+                `code trained` for the training pairs of the last ten logged steps
+    long        `code` with four times the steps at three times the rate; `long trained` likewise
+    anchored    `long` with an SFT term on the good code beside; `anchored trained` likewise
 
 A figure is the mean over the seeds with its standard deviation; a difference is taken seed by seed. Overrides go to
 every pre-training run, such as model.hidden_size=768 model.num_hidden_layers=12. A run that is done is not repeated:
@@ -36,6 +38,7 @@ from bitnet_train.formats.atomic import atomic_file
 DATA = Path("runs/quickstart/data")
 QUIETLY = ("checkpoint_every=100000", "health_every=0", "val_every=100000")
 CODE = [f"data.train={DATA}/code/train.jsonl", f"data.val={DATA}/code/heldout.jsonl"]
+LONG = [*CODE, "schedule.peak_lr=3e-4"]
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,29 @@ RUNS = {
     "mean": Run("sft", "ternary", 0.5, ["stage.reduction=mean"]),
     "dpo": Run("dpo", "sum", 0.1),
     "code": Run("dpo", "sum", 0.32, CODE),
+    "long": Run("dpo", "sum", 1.25, LONG),
+    "anchored": Run("dpo", "sum", 1.25, [*LONG, "stage.rpo_alpha=1.0"]),
 }
+FIRST, LAST, LAST_TEN = (0, 1), (-1, None), (-10, None)  # from and to
+CODE_RUNS = ("code", "long", "anchored")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A validation figure of a run: the first, taken before its first step (`which` 0), or the last (-1)."""
+    """The mean of some of the values that a run logged: the last, or the first, taken before its first step."""
 
     run: str
     metric: str
-    which: int = -1
+    which: tuple[int, int | None] = LAST
 
 
 FIGURES = {
     **{name: Figure(name, "val/loss") for name in ("ternary", "dense", "single", "sum", "mean")},
-    "likelihood": Figure("dpo", "val/logps/accuracies", 0),
+    "likelihood": Figure("dpo", "val/logps/accuracies", FIRST),
     "dpo": Figure("dpo", "val/rewards/accuracies"),
-    "code likelihood": Figure("code", "val/logps/accuracies", 0),
-    "code": Figure("code", "val/rewards/accuracies"),
-    "code trained": Figure("code", "train/rewards/accuracies"),
+    "code likelihood": Figure("code", "val/logps/accuracies", FIRST),
+    **{name: Figure(name, "val/rewards/accuracies") for name in CODE_RUNS},
+    **{f"{name} trained": Figure(name, "train/rewards/accuracies", LAST_TEN) for name in CODE_RUNS},
 }
 DIFFERENCES = (
     ("ternary", "dense"),
@@ -82,6 +89,7 @@ DIFFERENCES = (
     ("sum", "mean"),
     ("dpo", "likelihood"),
     ("code", "code likelihood"),
+    ("anchored", "long"),
 )
 
 
@@ -131,10 +139,11 @@ def value(options: Options, name: str, seed: int) -> float:
     """A figure of the module's text, for one seed; also added to figures.jsonl."""
     figure = FIGURES[name]
     lines = (run_dir(options, figure.run, seed) / "metrics.jsonl").read_text().splitlines()
-    found = [event[figure.metric] for event in map(json.loads, lines) if figure.metric in event][figure.which]
+    logged = [event[figure.metric] for event in map(json.loads, lines) if figure.metric in event]
+    found = statistics.fmean(logged[slice(*figure.which)])
     with (options.out / "figures.jsonl").open("a") as file:
         file.write(json.dumps({"figure": name, "seed": seed, "value": found}) + "\n")
-    return float(found)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

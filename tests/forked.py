@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.support import environment
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["bitnet_train.cli", "bitnet_train.training.run", "bitnet_train.export", __name__])
+_SERVER.set_forkserver_preload(["tests.everything", __name__])
 
 
 class Program(ForkServerProcess):

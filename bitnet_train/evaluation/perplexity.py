@@ -15,7 +15,7 @@ from typing import TypedDict
 
 import torch
 
-from bitnet_train.data.module import ChatData, Rows, TextData
+from bitnet_train.data.config import ChatData, Rows, TextData
 from bitnet_train.data.sources import messages_of, read_rows, text_of
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError

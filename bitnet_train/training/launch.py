@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing import (
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.training.imports import import_lightning
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, report_status
 from bitnet_train.training.worker import own_rank
@@ -56,6 +57,7 @@ def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
     if count > 1:
         _launch(config, run_dir, count)
         return
+    import_lightning()
     from bitnet_train.training.run import run
 
     run(settings, config, run_dir)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
+from bitnet_train.training.imports import import_lightning
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -78,6 +79,8 @@ def _run(file: Path, run_dir: Path) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from bitnet_train.config import run_config
+
+    import_lightning()
     from bitnet_train.training.run import run
 
     config = OmegaConf.create(text)

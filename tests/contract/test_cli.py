@@ -33,6 +33,25 @@ def test_the_package_alone_imports_nothing_but_itself(tmp_path: Path) -> None:
     assert result.stdout.split() == ["bitnet_train"]
 
 
+def test_a_run_imports_neither_scipy_nor_transformers_and_leaves_them_to_others(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    pytest.importorskip("transformers")
+    program = """
+import sys
+from bitnet_train.training.imports import UNUSED, import_lightning
+import_lightning()
+import bitnet_train.training.run
+print(*{*UNUSED} & {*sys.modules})
+from lightning_utilities.core.imports import RequirementCache, package_available
+print(*(package_available(name) and bool(RequirementCache(name)) for name in UNUSED))
+import scipy.special, transformers, torchmetrics.text.bert
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "\nTrue True\n"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("form", ["+recipe=", "recipe="])
 def test_every_recipe_composes_without_torch(tmp_path: Path, form: str, recipe: str) -> None:

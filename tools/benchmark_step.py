@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarking import Spread, context_line, ratios, synchronize, unavailable, write_results
 from bitnet_train.errors import UserError, run_command
@@ -167,13 +168,11 @@ class Trainer:
 
     def kept_bytes(self, ids: Tensor) -> int:
         """Bytes of everything that the graph of one loss keeps, parameters left out."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        own = {storage.data_ptr() for parameter in self.model.parameters() for storage in storages(parameter)}
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            kept.update({s.data_ptr(): s.nbytes() for s in storages(tensor) if s.data_ptr() not in own})
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -181,6 +180,13 @@ class Trainer:
             loss = self.loss(ids)  # keeps the graph alive, so that no address is used twice
         del loss
         return sum(kept.values())
+
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Where a tensor lies; a wrapper, as torchao makes them of weights, lies where its parts do."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    return [storage for name in tensor.__tensor_flatten__()[0] for storage in storages(getattr(tensor, name))]
 
 
 def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) -> float:

@@ -18,6 +18,10 @@ EXIT_REQUEUE = 85
 class UserError(ValueError):
     """A wrong configuration, file or row; the message names it, the rule, the value and the remedy."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises what its worker raised with the traceback as the message; it ends in what was said.
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].rstrip("\n"))
+
 
 class RunFailed(RuntimeError):
     """A run cannot go on, for a cause that lies outside of the code; the message names the cause and the remedy."""

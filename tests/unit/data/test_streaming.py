@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pyarrow
 import pytest
 from pyarrow import ipc, parquet
+from torch.utils.data import DataLoader
 
 from bitnet_train.data import counting, streaming, workers
 from bitnet_train.data.config import TextData
@@ -226,3 +227,11 @@ def test_a_file_that_changes_under_a_run_is_an_error(tmp_path: Path, content: st
     shard.write_text(shard.read_text().replace("quick", "slow") if content is None else content)
     with pytest.raises(UserError, match=r"a\.jsonl: .*changed while it is trained on; restore it"):
         contents(rows, range(len(rows)))
+
+
+def test_what_a_worker_says_is_one_line_as_well(tmp_path: Path) -> None:
+    shard = write_jsonl(tmp_path / "a.jsonl", text_rows(20))
+    rows = streamed(shard)
+    shard.write_text(shard.read_text().replace("quick", "slow"))
+    with pytest.raises(UserError, match=r"^\S*a\.jsonl: the file was changed while it is trained on[^\n]*$"):
+        list(DataLoader(rows, batch_size=2, num_workers=1, collate_fn=list))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Decoders that are not built as they stand: without random numbers, without memory, or with some of their rows."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 
-class _Calls(TorchFunctionMode):
-    """Within it `call` does what torch was asked to do: `init` says that a function of torch.nn.init was called."""
+class _Calls(TorchFunctionMode, ABC):
+    """Within it `call` does what torch is asked to do."""
 
     def __torch_function__(
         self,
@@ -23,8 +24,9 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         return self.call(func, getattr(func, "__module__", None) == torch.nn.init.__name__, args, dict(kwargs or {}))
 
+    @abstractmethod
     def call(self, func: Callable[..., Any], init: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """Calls the function or does otherwise; `init`: it is one of torch.nn.init's."""
 
 
 class uninitialized(_Calls):  # noqa: N801  # a context manager

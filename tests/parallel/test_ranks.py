@@ -227,7 +227,8 @@ def test_compiled_layers_compute_with_gathered_shards(folder: Path) -> None:
     """A sum in another order moves a scale by its last bit, and that now and then a code."""
     plain = vector(folder / once("pretrain", "fsdp", 2).run_dir)
     gradient = plain - vector(folder / "start")
-    assert (vector(folder / "once-compiled") - plain).norm() < 1e-3 * gradient.norm()
+    change = (vector(folder / "once-compiled") - plain).norm()
+    assert 0 < change < 1e-3 * gradient.norm()  # none: nothing was compiled
 
 
 @pytest.mark.parametrize("way", ["fsdp", "low_bit"])

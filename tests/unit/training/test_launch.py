@@ -19,7 +19,6 @@ pytestmark = pytest.mark.fault
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
 WAITED = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation"
-
 CLOSED = "RuntimeError: Application timeout caused pair closure"
 
 

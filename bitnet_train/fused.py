@@ -9,8 +9,10 @@ codes of v and the ternary codes, all of which exist anyway, and two numbers per
 
     dL/dv = (dL/dy g) . q       dL/dW = (dL/dy / s)^T . vq       dL/dresidual = dL/dy
 
-The products run in the compute dtype (autocast's, else that of x). The four passes are in C++ on CPU (kernels/native)
-and in torch elsewhere; both follow the formulas of quant.py and give the same codes.
+The products run in the compute dtype (autocast's, else that of x). The passes are in C++ on CPU (kernels/native), in
+Triton on CUDA (kernels/gpu) and in torch elsewhere; all follow the formulas of quant.py and give the same codes. On
+CUDA the int8 product and the pass behind it are one, and g and 1 / s go with the codes, which are converted anyway:
+dL/dy . (q g) and dL/dy^T . (vq / s), the rounding of fake quantisation under autocast.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bitnet_train.autocast import compute_dtype, no_autocast
-from bitnet_train.kernels import native
+from bitnet_train.kernels import gpu, native
 from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.quant import quantize_activation, quantize_weight
 
@@ -72,10 +74,25 @@ def quantize(x: Tensor, norm: Norm | None, activation: str | None) -> tuple[Tens
     weight, eps = norm or (None, 0.0)
     if native.available(x, weight):
         return native.quantize(x, weight, eps, activation)
+    if gpu.available(x, weight, size=x.shape[1]):
+        return gpu.quantize(x, weight, eps, activation)
     v = source(x, activation)
     rms = v.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
     codes, scale = quantize_activation(v if weight is None else v * rms * weight)
     return codes, scale, rms
+
+
+def linear(
+    codes: Tensor, scale: Tensor, stacked: Stacked, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y = (codes . stacked.codes^T) column / scale + bias + residual in `dtype`: `(tokens, size)` to `(tokens, out)`.
+
+    The sum of integers is exact; what follows is float32, rounded once.
+    """
+    if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)):
+        return gpu.linear(codes, stacked.codes, stacked.column, scale, bias, residual, dtype)
+    products = integer_matmul(codes, stacked.codes)
+    return dequantize(products, stacked.column, scale, bias, residual, dtype)
 
 
 def dequantize(
@@ -88,6 +105,19 @@ def dequantize(
     for term in (bias, residual):
         y = y if term is None else y.add_(term)
     return y.to(dtype)
+
+
+def linear_backward(
+    grad: Tensor, codes: Tensor, scale: Tensor, stacked: Stacked, dtype: torch.dtype, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dL/dv `(tokens, size)` and dL/dW `(out, size)`, if it is needed, of `linear`; products and results in `dtype`."""
+    if gpu.available(grad, grad.new_empty(0, dtype=dtype)):
+        grad = grad.to(dtype)
+        grad_v = grad @ gpu.expand(stacked.codes, stacked.column, dtype)
+        return grad_v, grad.t() @ gpu.expand(codes, scale.reciprocal(), dtype) if needs_weight else None
+    by_column, by_scale = scale_gradient(grad, stacked.column, scale, dtype)
+    grad_v = by_column @ stacked.codes.to(dtype)
+    return grad_v, by_scale @ codes.to(dtype) if needs_weight else None  # int8 codes are exact in bfloat16
 
 
 def scale_gradient(grad: Tensor, column: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,6 +138,8 @@ def norm_backward(
         return grad.to(x.dtype), None
     if native.available(grad, x, norm.weight):
         return native.norm_backward(grad, x, norm.weight, rms, activation)
+    if gpu.available(grad, x, norm.weight, size=x.shape[1]):
+        return gpu.norm_backward(grad, x, norm.weight, rms, activation)
     normal, grad = source(x, activation) * rms, grad.float()
     product = grad * normal
     grad_weight = product.sum(dim=0)
@@ -145,23 +177,20 @@ class _NormedBitLinears(Function):
     ) -> Tensor:
         norm = None if gain is None else Norm(gain, eps)
         codes, scale, rms = quantize(x, norm, activation)
-        products = integer_matmul(codes, stacked.codes)
         ctx.save_for_backward(x if gain is not None else None, gain, codes, scale, rms, *stacked)
         ctx.eps, ctx.activation, ctx.dtype, ctx.x_dtype = eps, activation, dtype, x.dtype
         ctx.residual_dtype, ctx.bias_dtype = (None if t is None else t.dtype for t in (residual, bias))
         ctx.weights = [(len(weight), weight.dtype) for weight in weights]
-        return dequantize(
-            products, stacked.column, scale, bias, residual, dtype if residual is None else residual.dtype
-        )
+        return linear(codes, scale, stacked, bias, residual, dtype if residual is None else residual.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, codes, scale, rms, ternary, column = ctx.saved_tensors
         with no_autocast(grad):
-            by_column, by_scale = scale_gradient(grad, column, scale, ctx.dtype)
-            grad_v = by_column @ ternary.to(ctx.dtype)
-            grad_weights = _grad_weights(by_scale, codes, ctx.weights, ctx.needs_input_grad[8:])
+            needed = ctx.needs_input_grad[8:]
+            grad_v, product = linear_backward(grad, codes, scale, Stacked(ternary, column), ctx.dtype, any(needed))
+            grad_weights = _split(product, ctx.weights, needed)
             norm = None if gain is None else Norm(gain, ctx.eps)
             x = grad_v.to(ctx.x_dtype) if x is None else x
             grad_x, grad_gain = norm_backward(grad_v, x, norm, rms, ctx.activation)
@@ -170,13 +199,12 @@ class _NormedBitLinears(Function):
         return grad_x, grad_residual, grad_gain, grad_bias, None, None, None, None, *grad_weights
 
 
-def _grad_weights(
-    by_scale: Tensor, codes: Tensor, weights: Sequence[tuple[int, torch.dtype]], needed: Sequence[bool]
+def _split(
+    product: Tensor | None, weights: Sequence[tuple[int, torch.dtype]], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """(dL/dy / s)^T . vq, one product for all weights, given as rows and dtype; none where nobody needs it."""
-    if not any(needed):
+    """The gradient of stacked weights, given as rows and dtype, to each of them; none where nobody needs it."""
+    if product is None:
         return [None] * len(weights)
-    product = by_scale @ codes.to(by_scale.dtype)  # int8 codes are exact in bfloat16
     parts = product.split([rows for rows, _ in weights])
     return [part.to(dtype) if need else None for part, (_, dtype), need in zip(parts, weights, needed, strict=True)]
 

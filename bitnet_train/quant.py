@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from bitnet_train.kernels import native
+from bitnet_train.kernels import gpu, native
 from bitnet_train.kernels.integer_matmul import integer_matmul
 
 WEIGHT_EPS = 1e-5  # floor of the mean |W|
@@ -55,21 +55,22 @@ def row_sums(weight: Tensor) -> Tensor:
     rows = rows.reshape(len(rows), prod(rows.shape[1:])) if rows.ndim > 1 else rows.reshape(1, -1)
     if native.available(rows) and rows.is_contiguous() and rows.numel():
         return native.absolute_sums(rows, rows.shape[1])
+    if gpu.available(rows, size=rows.shape[1]):
+        return _folded(gpu.fold_absolutes(rows))
     in_blocks = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     step = max(1, _CPU_BLOCK // max(1, rows.shape[1]) if in_blocks else len(rows))
-    return torch.cat([_folded_sums(block) for block in rows.split(step)])
+    return torch.cat([_folded(block.double().abs()) for block in rows.split(step)])
 
 
-def _folded_sums(rows: Tensor) -> Tensor:
+def _folded(rows: Tensor) -> Tensor:
     """Adds the right half of every row to its left half until one is left: one order on every device.
 
     Not in place: torch.compile takes minutes over slices that are written into slices.
     """
-    sums = rows.double().abs()
-    while (columns := sums.shape[1]) > 1:
+    while (columns := rows.shape[1]) > 1:
         half = (columns + 1) // 2
-        sums = sums[:, :half] + F.pad(sums[:, half:], (0, 2 * half - columns))
-    return sums[:, 0]
+        rows = rows[:, :half] + F.pad(rows[:, half:], (0, 2 * half - columns))
+    return rows[:, 0]
 
 
 def absmean_of(row_sums: Tensor, count: int) -> Tensor:
@@ -95,6 +96,8 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     half, weight = scale / 2, weight.detach()
     if weight.is_contiguous() and native.available(weight):
         return native.ternary_codes(weight, float(half))
+    if gpu.available(weight, half):
+        return gpu.ternary_codes(weight, half)
     weight = weight.float()
     return torch.gt(weight, half).to(torch.int8) - torch.lt(weight, -half).to(torch.int8)
 

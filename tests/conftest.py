@@ -24,6 +24,8 @@ os.environ |= {  # set before a test imports datasets, transformers or wandb, wh
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    # Without a GPU, Triton's programs run in its interpreter. It is asked for before anything imports Triton.
+    **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
 }
 
 TESTS = Path(__file__).parent

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarking import Spread, context_line, ratios, synchronize, unavailable, write_results
 from bitnet_train.errors import UserError, run_command
-from bitnet_train.kernels import native
+from bitnet_train.kernels import gpu, native
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
@@ -45,13 +46,14 @@ class FakeQuantLinear(nn.Linear):
 
 
 @contextmanager
-def without_native() -> Iterator[None]:
-    """The passes between the products in torch, not in C++."""
-    available, native.available = native.available, lambda *tensors: False
-    try:
+def passes_in_torch() -> Iterator[None]:
+    """The passes between the products in torch, not in C++ or Triton."""
+    with patch.object(native, "available", _never), patch.object(gpu, "available", _never):
         yield
-    finally:
-        native.available = available
+
+
+def _never(*tensors: object, **options: object) -> bool:
+    return False
 
 
 def replace_linears(model: BitNetForCausalLM, make: Callable[[nn.Linear], nn.Module]) -> BitNetForCausalLM:
@@ -129,7 +131,7 @@ CONTESTANTS = {
     "dense": Contestant(dense),
     "dense compiled": Contestant(lambda config: compiled(dense(config))),
     "bitnet_train": Contestant(BitNetForCausalLM),
-    "bitnet_train without C++": Contestant(BitNetForCausalLM, native=False),
+    "bitnet_train, passes in torch": Contestant(BitNetForCausalLM, native=False),
     "bitnet_train compiled": Contestant(lambda config: compiled(BitNetForCausalLM(config))),
     "fake quantisation": Contestant(fake_quant),
     "transformers AutoBitLinear": Contestant(
@@ -159,7 +161,7 @@ class Trainer:
         """Seconds of one training step."""
         synchronize(self.device)
         start = time.perf_counter()
-        with nullcontext() if self.native else without_native():
+        with nullcontext() if self.native else passes_in_torch():
             self.loss(ids).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -176,7 +178,7 @@ class Trainer:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with nullcontext() if self.native else without_native(), hooks:
+        with nullcontext() if self.native else passes_in_torch(), hooks:
             loss = self.loss(ids)  # keeps the graph alive, so that no address is used twice
         del loss
         return sum(kept.values())

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from bitnet_train.kernels.tensors import FLOATS, ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +38,9 @@ _LOADING = threading.Lock()  # one thread compiles, the others wait
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def available(*tensors: Tensor | None, dtypes: Container[torch.dtype] = (torch.float32, torch.bfloat16)) -> bool:
+def available(*tensors: Tensor | None, dtypes: Container[torch.dtype] = FLOATS) -> bool:
     """True where native.cpp can work on these tensors: of such a dtype, on CPU, outside a compiled graph."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    return (
-        all(
-            type(tensor) in (Tensor, Parameter) for tensor in present
-        )  # no fake, sharded or other tensor without memory
-        and all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in present)
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+    return ordinary(tensors, "cpu", dtypes) and library() is not None
 
 
 def library() -> ctypes.CDLL | None:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bitnet_train.autocast import compute_dtype, no_autocast
-from bitnet_train.kernels import native
+from bitnet_train.kernels import gpu, native
 from bitnet_train.labels import IGNORE_INDEX
 
 LOGITS_PER_CHUNK = 1 << 26  # 128 MB in bfloat16
@@ -40,6 +40,8 @@ def _log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """l and lse, float32 `(rows,)`, of logits `(rows, vocab)`."""
     if native.available(logits):
         return native.log_likelihood(logits, labels)
+    if gpu.available(logits):
+        return gpu.log_likelihood(logits, labels)
     logits = logits.float()
     lse = logits.logsumexp(dim=-1)
     return logits.gather(1, labels[:, None])[:, 0] - lse, lse
@@ -47,9 +49,10 @@ def _log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> Tensor:
     """The logits' place taken by softmax * p_factor - onehot(label) * label_factor, factors `(rows,)`."""
-    if native.available(logits):
-        native.likelihood_gradient_(logits, labels, lse, p_factor.contiguous(), label_factor.contiguous())
-        return logits
+    for passes in (native, gpu):
+        if passes.available(logits):
+            passes.likelihood_gradient_(logits, labels, lse, p_factor.contiguous(), label_factor.contiguous())
+            return logits
     p = logits.float().sub_(lse[:, None]).exp_().mul_(p_factor[:, None])
     return logits.copy_(p.scatter_add_(1, labels[:, None], -label_factor[:, None]))
 

@@ -16,6 +16,8 @@ from bitnet_train.model.block_attention import block_attention
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.norm import RMSNorm
 from bitnet_train.model.rope import Rotation, rotate
+from bitnet_train.model.varlen_attention import available as varlen_attention_available
+from bitnet_train.model.varlen_attention import varlen_attention
 
 
 @dataclass
@@ -63,6 +65,17 @@ class Documents:
         changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
         self.starts = (positions * changes).cummax(dim=1).values
         self._mask: Tensor | None = None
+        self._lengths: tuple[Tensor, int] | None = None
+
+    @property
+    def lengths(self) -> tuple[Tensor, int]:
+        """Where documents begin in the rows laid end to end, and their end, int32; tokens of the longest one. Kept."""
+        if self._lengths is None:
+            positions = torch.arange(self.starts.shape[1], device=self.starts.device)
+            begins = (self.starts == positions).flatten().nonzero()[:, 0]
+            boundaries = torch.cat((begins, begins.new_tensor([self.starts.numel()])))
+            self._lengths = boundaries.int(), int(boundaries.diff().max())
+        return self._lengths
 
     @property
     def mask(self) -> Tensor:
@@ -78,7 +91,8 @@ class BitNetAttention(nn.Module):
     """The residual stream `(batch, seq, hidden)` to the same.
 
     Attributes:
-        backend: "sdpa" is torch's attention with a mask over documents; "auto" takes `block_attention` where it can.
+        backend: "sdpa" is torch's attention with a mask over documents; "auto" takes `block_attention` on CPU and
+            `varlen_attention` on CUDA where it can.
     """
 
     backend = "auto"
@@ -110,19 +124,29 @@ class BitNetAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """`(batch, heads, seq, head_dim)`, keys and values with fewer heads, to `(batch, seq, hidden)`."""
         dropout = self.dropout if self.training else 0.0
-        if self.backend != "sdpa" and k.shape[2] == q.shape[2] > 1 and not dropout and block_attention_available(q):
+        whole = self.backend != "sdpa" and k.shape[2] == q.shape[2] > 1 and not dropout
+        if whole and block_attention_available(q):
             starts = q.new_zeros(q.shape[0], q.shape[2], dtype=torch.int64) if documents is None else documents.starts
             attended = block_attention(q, k, v, starts)
         else:
-            attended = F.scaled_dot_product_attention(
-                q,
-                k.repeat_interleave(self.groups, dim=1),
-                v.repeat_interleave(self.groups, dim=1),
-                attn_mask=None if documents is None else documents.mask,
-                dropout_p=dropout,
-                is_causal=documents is None and q.shape[2] > 1,
-            )
+            k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
+            attended = self._attend_ungrouped(q, k, v, documents, dropout, whole)
         return attended.transpose(1, 2).flatten(2)
+
+    def _attend_ungrouped(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, whole: bool
+    ) -> Tensor:
+        """`(batch, heads, seq, head_dim)`, as many heads of keys and values, to the same."""
+        if whole and documents is not None and varlen_attention_available(q):
+            return varlen_attention(q, k, v, *documents.lengths)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if documents is None else documents.mask,
+            dropout_p=dropout,
+            is_causal=documents is None and q.shape[2] > 1,
+        )
 
     def forward(
         self, h: Tensor, norm: RMSNorm, by: Rotation, documents: Documents | None, cache: LayerCache | None = None

@@ -15,8 +15,8 @@ class Execution:
     """Options of the computation.
 
     Attributes:
-        attention: auto: by blocks within documents where that is possible (CPU); sdpa: torch's, with a mask. See
-            `BitNetAttention.backend`.
+        attention: auto: within documents alone where that is possible (by blocks on CPU, FlashAttention on CUDA);
+            sdpa: torch's, with a mask. See `BitNetAttention.backend`.
         activation_checkpointing: what the backward pass computes again in place of keeping it: none, selective (the
             feed-forward block) or full (the whole layer). See `BitNetDecoderLayer.checkpointing`.
         compile: torch.compile of every decoder layer by itself; the first steps are slow.

@@ -1,0 +1,204 @@
+"""The programs of triton_kernels.py on CUDA tensors; torch computes the same, slower, where Triton cannot.
+
+BITNET_TRAIN_NATIVE=0 in the environment turns them off, and the C++ passes with them. A program is compiled when it is
+first met with a new shape or dtype, and kept in Triton's cache (~/.triton); a product also tries its tiles then.
+Triton comes with torch's CUDA builds and needs a C compiler for what calls its programs.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bitnet_train.kernels.tensors import ordinary
+
+logger = logging.getLogger(__name__)
+
+DEVICE = "cuda"
+LARGEST_ROW = 1 << 14  # features that a program holds at once
+ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocessor, whatever the device
+_PART = 1024  # of a row or an array, of a program that needs no whole rows
+_VOCABULARY_PART = 4096
+_MOST_FEATURES = 128  # of a step of a product, over all its tiles
+
+
+def available(*tensors: Tensor | None, size: int = 1) -> bool:
+    """True where the programs can work on these tensors, in rows of `size` features: outside a compiled graph."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    return ordinary(tensors, DEVICE) and size <= LARGEST_ROW and all(map(capable, devices)) and _installed()
+
+
+@functools.cache
+def capable(device: torch.device) -> bool:
+    """Whether a CUDA device has bfloat16 and int8 tensor cores: Nvidia's since Ampere."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+@functools.cache
+def _installed() -> bool:
+    off = os.environ.get("BITNET_TRAIN_NATIVE") == "0"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    if off or not found:
+        logger.info("the Triton programs are off: the same is computed by torch, slower")
+    return found and not off
+
+
+@functools.cache
+def _programs() -> ModuleType:
+    """triton_kernels, imported when first used: Triton takes a second."""
+    from bitnet_train.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _warps(block: int) -> int:
+    """Warps of a program that holds `block` float32 in registers: 16 for each thread, up to 16 warps."""
+    return min(16, max(1, block // 512))
+
+
+def _vector(values: Tensor | None, size: int) -> Tensor | None:
+    """A gain or a bias as the programs read it: float32, one value per feature."""
+    return None if values is None else values.float().expand(size).contiguous()
+
+
+def quantize(x: Tensor, weight: Tensor | None, eps: float, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Int8 codes of RMSNorm(source(x)), see `fused.quantize`: `(tokens, width)` to codes, scale and rms."""
+    x = x.contiguous()
+    tokens, size = len(x), x.shape[1] if activation is None else x.shape[1] // 2
+    codes = torch.empty(tokens, size, dtype=torch.int8, device=x.device)
+    scale, rms = torch.empty(2, tokens, 1, dtype=torch.float32, device=x.device).unbind()
+    block, weight = _power_of_two(size), _vector(weight, size)
+    _programs().quantize[(tokens,)](
+        x, weight, codes, scale, rms, size, eps, activation, block, num_warps=_warps(block), enable_fp_fusion=False
+    )
+    return codes, scale, rms
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rms: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm(source(x)) for x and for the gain, see `fused.norm_backward`."""
+    x, grad = x.contiguous(), grad.contiguous()
+    tokens, size = grad.shape
+    blocks = max(1, min(ROW_BLOCKS, tokens))
+    grad_x, partial = torch.empty_like(x), torch.empty(blocks, size, dtype=torch.float32, device=x.device)
+    height, block = -(-tokens // blocks), _power_of_two(size)
+    _programs().norm_backward[(blocks,)](
+        grad,
+        x,
+        _vector(weight, size),
+        rms,
+        grad_x,
+        partial,
+        tokens,
+        size,
+        height,
+        activation,
+        block,
+        num_warps=_warps(block),
+        enable_fp_fusion=False,
+    )
+    return grad_x, partial.sum(dim=0)
+
+
+def linear(
+    codes: Tensor,
+    ternary: Tensor,
+    column: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = (codes . ternary^T) column / scale + bias + residual in one pass, see `fused.linear`.
+
+    Int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)` to `(tokens, out)` of `dtype`.
+    """
+    (tokens, size), out = codes.shape, len(ternary)
+    y = torch.empty(tokens, out, dtype=dtype, device=codes.device)
+    residual = None if residual is None else residual.expand(tokens, out).contiguous()
+    if y.numel():
+        _programs().linear[lambda tile: (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)](
+            codes.contiguous(),
+            ternary.contiguous(),
+            column,
+            scale,
+            _vector(bias, out),
+            residual,
+            y,
+            tokens,
+            out,
+            size,
+            tokens.bit_length(),
+            size % _MOST_FEATURES == 0,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * factor in `dtype`: int8 `(rows, size)` and float32 `(rows,)` or `(rows, 1)` to `(rows, size)`."""
+    rows, size = codes.shape
+    y = torch.empty(rows, size, dtype=dtype, device=codes.device)
+    _programs().expand[(rows, -(-size // _PART))](codes, factor.contiguous(), y, size, _PART)
+    return y
+
+
+def fold_absolutes(rows: Tensor) -> Tensor:
+    """|w| of every row with its right half added to its left, float64, as often as it has two equal halves.
+
+    The order is that of `quant.row_sums`, to whose sums this is the first part: `(rows, size)` to `(rows, size / 2^n)`.
+    """
+    count, size = rows.shape
+    halvings = (size & -size).bit_length() - 1 if size else 0
+    folded = torch.empty(count, size >> halvings, dtype=torch.float64, device=rows.device)
+    block = _power_of_two(size >> halvings)
+    _programs().fold_absolutes[(count,)](
+        rows.contiguous(), folded, size, size >> halvings, halvings, block, num_warps=_warps(2 * block << halvings)
+    )
+    return folded
+
+
+def ternary_codes(weight: Tensor, half: Tensor) -> Tensor:
+    """-1, 0 or 1 as int8: the comparison of weights with -half and half, float32, shape ()."""
+    weight = weight.contiguous()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    _programs().ternary_codes[(-(-weight.numel() // _PART),)](weight, half, codes, weight.numel(), _PART)
+    return codes
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of labels under logits `(rows, vocab)`, and the log-sum-exp, float32 `(rows,)` each.
+
+    A label outside [0, vocab) has log-probability NaN: to raise, the host would have to wait for the device.
+    """
+    rows, vocab = logits.shape
+    logps, lse = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind()
+    _programs().log_likelihood[(rows,)](
+        logits.contiguous(), labels.contiguous(), logps, lse, vocab, _VOCABULARY_PART, num_warps=8
+    )
+    return logps, lse
+
+
+def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: Tensor, label_factor: Tensor) -> None:
+    """Puts softmax * p_factor - onehot * label_factor in the place of the logits; factors float32 `(rows,)`.
+
+    Raises:
+        ValueError: the logits are not contiguous.
+    """
+    if not logits.is_contiguous():
+        raise ValueError(f"logits are worked on in place and must be contiguous, got strides {logits.stride()}")
+    rows, vocab = logits.shape
+    _programs().likelihood_gradient[(rows, -(-vocab // _VOCABULARY_PART))](
+        logits, labels.contiguous(), lse, p_factor, label_factor, vocab, _VOCABULARY_PART, num_warps=8
+    )

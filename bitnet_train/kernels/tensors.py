@@ -1,0 +1,21 @@
+"""Which tensors a pass that knows nothing of torch can work on."""
+
+from collections.abc import Container, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def ordinary(tensors: Iterable[Tensor | None], device: str, dtypes: Container[torch.dtype] = FLOATS) -> bool:
+    """True where those that are there have memory on `device`, and one of the dtypes, outside a compiled graph.
+
+    A fake or sharded tensor, or another subclass, has none of its own.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in (Tensor, Parameter) and tensor.device.type == device and tensor.dtype in dtypes
+        for tensor in present
+    )

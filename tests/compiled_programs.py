@@ -1,0 +1,88 @@
+"""Compiles the Triton programs at 2b4t's shapes for a GPU that need not be there; prints each one's outcome as JSON."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from bitnet_train.kernels import gpu, triton_kernels
+
+ARCHITECTURE = 90  # H100 and H200
+ALIGNED = ("size", "out", "rows", "vocab", "folds", "count")  # multiples of 16 at these shapes
+INT8_PRODUCT = re.compile(r"wgmma\.mma_async\S*\.s8\.s8|mma\.sync\S*\.s8\.s8")
+
+Launch = tuple[str, dict[str, str], dict[str, Any], dict[str, int]]  # program, types, constants, options
+
+
+def launches() -> Iterator[Launch]:
+    """What training at hidden 2560 with bf16 autocast launches."""
+    for size, activation, x in ((2560, None, "*fp32"), (6912, "relu2", "*bf16"), (6912, "silu", "*bf16")):
+        block = gpu._power_of_two(size)
+        constants, options = {"ACTIVATION": activation, "BLOCK": block}, {"num_warps": gpu._warps(block)}
+        row = {"x": x, "weight": "*fp32", "rms": "*fp32", "size": "i32"}
+        yield "quantize", {**row, "codes": "*i8", "scale": "*fp32", "eps": "fp32"}, constants, options
+        gradients = {"grad": "*bf16", "grad_x": x, "partial": "*fp32", "rows": "i32", "height": "i32"}
+        yield "norm_backward", {**row, **gradients}, constants, options
+    product = {"codes": "*i8", "ternary": "*i8", "column": "*fp32", "scale": "*fp32", "y": "*bf16"}
+    counts = dict.fromkeys(("rows", "out", "size", "magnitude"), "i32")
+    for tile in triton_kernels.TILES:
+        constants = {"bias": None, "residual": None, "WHOLE": True, **tile.kwargs}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield "linear", {**product, **counts}, constants, options
+    yield "expand", {"codes": "*i8", "factor": "*fp32", "y": "*bf16", "size": "i32"}, {"BLOCK": gpu._PART}, {}
+    fold = {"w": "*fp32", "sums": "*fp64", "size": "i32", "folds": "i32"}
+    yield "fold_absolutes", fold, {"HALVINGS": 8, "BLOCK": 32}, {"num_warps": gpu._warps(2 * 6912)}
+    weights = {"w": "*fp32", "half": "*fp32", "codes": "*i8", "count": "i32"}
+    yield "ternary_codes", weights, {"BLOCK": gpu._PART}, {}
+    logits, block = {"logits": "*bf16", "labels": "*i64", "lse": "*fp32", "vocab": "i32"}, gpu._VOCABULARY_PART
+    yield "log_likelihood", {**logits, "logps": "*fp32"}, {"BLOCK": block}, {"num_warps": 8}
+    factors = {"p_factor": "*fp32", "label_factor": "*fp32"}
+    yield "likelihood_gradient", {**logits, **factors}, {"BLOCK": block}, {"num_warps": 8}
+
+
+def compiled(launch: Launch) -> dict[str, Any]:
+    """The program, by ptxas."""
+    name, types, constants, options = launch
+    program = getattr(triton_kernels, name)
+    program = program.fn if name == "linear" else program  # inside its autotuner
+    signature = {argument: types.get(argument, "constexpr") for argument in program.arg_names}
+    aligned = [
+        position
+        for position, (argument, kind) in enumerate(signature.items())
+        if kind[0] == "*" or (kind == "i32" and argument in ALIGNED)
+    ]
+    source = ASTSource(program, signature, constants, {(at,): [["tt.divisibility", 16]] for at in aligned})
+    target = GPUTarget("cuda", ARCHITECTURE, 32)
+    made = compile(source, target=target, options={**options, "enable_fp_fusion": False})
+    return {
+        "name": name,
+        **constants,
+        **options,
+        "shared_bytes": made.metadata.shared,
+        "local_bytes": local_bytes(made.asm["cubin"]),
+        "fused_multiply_adds": made.asm["ptx"].count("fma.rn.f32"),
+        "int8_products": len(INT8_PRODUCT.findall(made.asm["ptx"])),
+    }
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Bytes of registers that went to memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))  # type: ignore[index]
+    return stack + local
+
+
+if __name__ == "__main__":
+    for launch in launches():
+        print(json.dumps(compiled(launch)))

@@ -1,0 +1,245 @@
+"""The Triton programs against torch: on the GPU where there is one, else in Triton's interpreter on CPU.
+
+The interpreter rounds to bfloat16 by cutting, hence the tolerances of that dtype.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet_train import fused
+from bitnet_train.fused import Norm, normed_bit_linear, stack
+from bitnet_train.kernels import gpu, native
+from bitnet_train.losses import tokens
+from bitnet_train.losses.tokens import cross_entropy_sum
+from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
+from tests.support import ROOT, TINY
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((1, 5), (7, 123), (40, 128))  # tokens, features
+ACTIVATIONS = (None, "relu2", "silu")
+
+
+@pytest.fixture(autouse=True)
+def _on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gpu, "DEVICE", DEVICE)
+    monkeypatch.setattr(native, "available", lambda *tensors, **options: False)
+    if DEVICE == "cpu":  # nothing is timed in the interpreter, so that there is nothing to choose from
+        from bitnet_train.kernels import triton_kernels
+
+        monkeypatch.setattr(triton_kernels.linear, "configs", triton_kernels.TILES[-1:])
+    with torch.device(DEVICE):
+        yield
+
+
+def both(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Results of a call in Triton and in torch."""
+    assert gpu.available(torch.zeros(1))
+    compiled = call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "available", lambda *tensors, **options: False)
+        return compiled, call()
+
+
+def assert_close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.float().abs().max()))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 2**-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_norm_and_quantisation(activation: str | None, dtype: torch.dtype, count: int, size: int) -> None:
+    x = torch.randn(count, size if activation is None else 2 * size).to(dtype)
+    norm, grad = Norm(torch.rand(size) + 0.5, 1e-5), torch.randn(count, size).to(dtype)
+    compiled, eager = both(lambda: fused.quantize(x, norm, activation))
+    assert (compiled[0].int() - eager[0].int()).abs().max() <= 1  # an ulp of the norm decides a tie now and then
+    assert (compiled[0] != eager[0]).float().mean() < 2e-3
+    assert_close(compiled[1:], eager[1:], 2e-6)
+    gradients = both(lambda: gradients_of_norm(grad, x, norm, eager[2], activation))
+    assert_close(*gradients, tolerance(dtype))
+
+
+def gradients_of_norm(
+    grad: Tensor, x: Tensor, norm: Norm, rms: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    to_x, to_gain = fused.norm_backward(grad, x, norm, rms, activation)
+    assert to_gain is not None
+    assert to_x.dtype == x.dtype
+    return to_x, to_gain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), [*SHAPES, (3, 4097)])
+def test_quantisation_without_norm_is_that_of_quant(dtype: torch.dtype, count: int, size: int) -> None:
+    x = torch.randn(count, size).to(dtype)
+    x[0] = 0
+    x[-1, 0] = 0.5
+    codes, scale, _ = fused.quantize(x, None, None)
+    expected = quantize_activation(x)
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(scale, expected.scale)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_halves_round_to_even_and_what_is_not_finite_gives_no_code() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, 126.5], [float("nan"), 1, 2, 3, 4], [float("inf"), 1, -2, 3, 4]])
+    codes, scale, _ = fused.quantize(x, None, None)
+    assert codes.tolist() == [[127, 0, 2, -2, 126], [0] * 5, [0] * 5]
+    assert scale[0, 0] == 127 * (torch.tensor(1.0) / 127)
+    assert scale[1, 0].isnan()
+    assert scale[2, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "out", "size"), [(1, 7, 5), (40, 70, 64), (70, 33, 123), (130, 64, 256)])
+def test_products(dtype: torch.dtype, rows: int, out: int, size: int) -> None:
+    codes, scale = torch.randint(-127, 128, (rows, size), dtype=torch.int8), torch.rand(rows, 1) * 100 + 1
+    stacked = stack([torch.randn(out, size), torch.randn(3, size)])
+    for bias in (None, torch.randn(out + 3)):
+        for residual in (None, torch.randn(rows, out + 3).to(dtype)):
+            call = (codes, scale, stacked, bias, residual, dtype)
+            got, want = both(lambda call=call: (fused.linear(*call),))  # type: ignore[misc]
+            assert got[0].dtype == dtype
+            if dtype == torch.float32:
+                assert torch.equal(got[0], want[0])  # exact sums, then the same three roundings
+            else:
+                assert_close(got, want, tolerance(dtype))
+    for grad in (torch.randn(rows, out + 3), torch.randn(rows, out + 3).to(dtype)):
+        gradients = both(lambda grad=grad: both_gradients(grad, codes, scale, stacked, dtype))  # type: ignore[misc]
+        assert_close(*gradients, tolerance(dtype))
+
+
+def both_gradients(
+    grad: Tensor, codes: Tensor, scale: Tensor, stacked: fused.Stacked, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    to_v, to_weight = fused.linear_backward(grad, codes, scale, stacked, dtype, True)
+    assert to_weight is not None
+    assert fused.linear_backward(grad, codes, scale, stacked, dtype, False)[1] is None
+    return to_v, to_weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 2560), (3, 6912), (2, 1024), (3, 1001), (0, 64)])
+def test_weights(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The sum of a row is that of torch to the last bit, on every device: no code depends on where it was made."""
+    weight = torch.randn(shape).to(dtype)
+    sums, expected = both(lambda: (row_sums(weight),))
+    assert torch.equal(sums[0], expected[0])
+    scale = absmean(torch.ones(1, 3) if 0 in shape else weight)
+    weight.view(-1)[:1] = scale / 2  # a tie: no more than half
+    codes, expected = both(lambda: (ternary_codes(weight, scale),))
+    assert torch.equal(codes[0], expected[0])
+
+
+def test_a_weight_in_bfloat16_against_a_threshold_between_two_of_its_values() -> None:
+    weight, scale = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125]).bfloat16(), torch.tensor(2.0001)
+    assert ternary_codes(weight, scale).tolist() == [0, 1, 0, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [77, 5000])
+def test_likelihood(dtype: torch.dtype, vocab: int) -> None:
+    logits, labels = (torch.randn(9, vocab) * 10).to(dtype), torch.randint(vocab, (9,))
+    (logps, lse), eager = both(lambda: tokens._log_likelihood(logits, labels))
+    assert_close((logps, lse), eager, 1e-5)
+    factors = torch.rand(9), torch.rand(9)
+    assert_close(*both(lambda: (tokens._gradient_(logits.clone(), labels, lse, *factors),)), tolerance(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero|invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_likelihood_of_what_is_not_finite_is_that_of_torch() -> None:
+    logits, labels = torch.randn(4, 40), torch.tensor([0, 5, 39, 3])
+    logits[0, 7] = logits[1, 5] = float("inf")
+    logits[2] = float("-inf")
+    logits[3, 9] = float("nan")
+    for got, want in zip(*both(lambda: tokens._log_likelihood(logits, labels)), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_a_label_outside_of_the_head_has_no_likelihood() -> None:
+    logps, lse = gpu.log_likelihood(torch.randn(2, 5), torch.tensor([0, 5]))
+    assert logps.isnan().tolist() == [False, True]
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_function_forward_and_backward(activation: str | None) -> None:
+    sizes = (24, 40 if activation is None else 80)
+    x, residual = torch.randn(sizes).requires_grad_(), torch.randn(24, 37).requires_grad_()
+    weights = [torch.randn(out, 40, requires_grad=True) for out in (30, 7)]
+    norm, bias = Norm((torch.rand(40) + 0.5).requires_grad_(), 1e-6), torch.randn(37).requires_grad_()
+    inputs, grad = [x, residual, *weights, norm.weight, bias], torch.randn(24, 37)
+
+    def run() -> tuple[Tensor, ...]:
+        y = normed_bit_linear(x, weights, norm=norm, activation=activation, residual=residual, bias=bias)
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    assert_close(*both(run), 1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_decoder_and_its_loss(autocast: bool) -> None:
+    config = replace(TINY, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    model, ids = BitNetForCausalLM(config), torch.randint(config.vocab_size, (1, 8))
+    parameters = list(model.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+            loss = cross_entropy_sum(model.model(ids), model.head_weight, ids, z_loss=1e-4)
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    got, want = both(run)
+    bound = 0.05 if autocast else 1e-3
+    torch.testing.assert_close(got[0], want[0], rtol=bound / 10, atol=0)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert (a - b).norm() <= bound * b.norm()
+
+
+def test_rows_too_long_are_left_to_torch() -> None:
+    assert gpu.available(torch.zeros(1), size=gpu.LARGEST_ROW)
+    assert not gpu.available(torch.zeros(1), size=gpu.LARGEST_ROW + 1)
+    assert not gpu.available(torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "value"), [("BITNET_TRAIN_NATIVE", "0"), ("CC", "no-such-compiler")])
+def test_switched_off_or_without_a_compiler(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    gpu._installed.cache_clear()
+    try:
+        assert not gpu.available(torch.zeros(1))
+    finally:
+        monkeypatch.undo()
+        gpu._installed.cache_clear()
+
+
+def test_what_ptxas_makes_of_the_programs(tmp_path: Path) -> None:
+    """Compiled for an H200, here: int8 tensor cores, hardly a spilled register, no two roundings in one."""
+    command = [sys.executable, str(ROOT / "tests" / "compiled_programs.py")]
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    programs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {program["name"] for program in programs} >= {"quantize", "norm_backward", "linear", "log_likelihood"}
+    for program in programs:
+        assert program["local_bytes"] <= 64, program
+        assert program["shared_bytes"] <= 227 * 1024, program
+        if program["name"] in ("quantize", "norm_backward", "linear", "expand"):
+            assert program["fused_multiply_adds"] == 0, program
+        if program["name"] == "linear":
+            assert program["int8_products"] > 0, program

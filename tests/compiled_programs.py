@@ -15,7 +15,7 @@ from triton.compiler import ASTSource, compile
 from bitnet_train.kernels import gpu, triton_kernels
 
 ARCHITECTURE = 90  # H100 and H200
-ALIGNED = ("size", "out", "rows", "vocab", "folds", "count")  # multiples of 16 at these shapes
+ALIGNED = ("size", "out", "rows", "vocab", "folds", "count", "half", "stride")  # multiples of 16 at these shapes
 INT8_PRODUCT = re.compile(r"wgmma\.mma_async\S*\.s8\.s8|mma\.sync\S*\.s8\.s8")
 
 Launch = tuple[str, dict[str, str], dict[str, Any], dict[str, int]]  # program, types, constants, options
@@ -45,6 +45,13 @@ def launches() -> Iterator[Launch]:
     yield "log_likelihood", {**logits, "logps": "*fp32"}, {"BLOCK": block}, {"num_warps": 8}
     factors = {"p_factor": "*fp32", "label_factor": "*fp32"}
     yield "likelihood_gradient", {**logits, **factors}, {"BLOCK": block}, {"num_warps": 8}
+    angles = {
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "sign": "fp32",
+        **dict.fromkeys(("stride", "heads", "half", "positions"), "i32"),
+    }
+    yield "rotate", {"x": "*bf16", "y": "*bf16", **angles}, {"HEADS": 32, "HALF": 64}, {}
 
 
 def compiled(launch: Launch) -> dict[str, Any]:

@@ -202,3 +202,37 @@ def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: 
     _programs().likelihood_gradient[(rows, -(-vocab // _VOCABULARY_PART))](
         logits, labels.contiguous(), lse, p_factor, label_factor, vocab, _VOCABULARY_PART, num_warps=8
     )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Turns heads by sign times an angle, see `model.rope.rotate`.
+
+    Args:
+        x: `(batch, heads, seq, head_dim)`.
+        cos: float32 `(batch or 1, 1, seq, head_dim)`, the same in both halves of the features.
+        sin: as cos.
+        sign: 1.0, or -1.0 for the way back.
+
+    Returns:
+        As x, laid out as `(batch, seq, heads, head_dim)`.
+    """
+    batch, heads, seq, dim = x.shape
+    tokens = x.transpose(1, 2)
+    if tokens.stride()[2:] != (dim, 1) or tokens.stride(0) != seq * tokens.stride(1):
+        tokens = tokens.contiguous()
+    y = torch.empty(batch, seq, heads, dim, dtype=x.dtype, device=x.device)
+    _programs().rotate[(batch * seq,)](
+        tokens,
+        cos.contiguous(),
+        sin.contiguous(),
+        y,
+        tokens.stride(1),
+        heads,
+        dim // 2,
+        cos.shape[0] * seq,
+        sign,
+        _power_of_two(heads),
+        _power_of_two(dim // 2),
+        enable_fp_fusion=False,
+    )
+    return y.transpose(1, 2)

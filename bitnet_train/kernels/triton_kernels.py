@@ -232,3 +232,30 @@ def likelihood_gradient(logits, labels, lse, p_factor, label_factor, vocab, BLOC
     p = tl.exp(tl.load(at, i < vocab, other=0.0).to(tl.float32) - tl.load(lse + t)) * tl.load(p_factor + t)
     value = tl.where(i == tl.load(labels + t), p - tl.load(label_factor + t), p)
     tl.store(at, value.to(logits.dtype.element_ty), i < vocab)
+
+
+@triton.jit
+def rotate(
+    x,
+    cos,
+    sin,
+    y,
+    stride,
+    heads,
+    half,
+    positions,
+    sign,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The heads of a token, `stride` elements after those before it, turned by the angle of its position times sign."""
+    t = tl.program_id(0).to(tl.int64)
+    head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (i < half)
+    angle = t % positions * 2 * half + i
+    c, s = tl.load(cos + angle, i < half, other=0.0), sign * tl.load(sin + angle, i < half, other=0.0)
+    at = x + t * stride + head * 2 * half + i
+    first, second = tl.load(at, inside, other=0.0).to(tl.float32), tl.load(at + half, inside, other=0.0).to(tl.float32)
+    to = y + (t * heads + head) * 2 * half + i
+    tl.store(to, (first * c - second * s).to(y.dtype.element_ty), inside)
+    tl.store(to + half, (second * c + first * s).to(y.dtype.element_ty), inside)

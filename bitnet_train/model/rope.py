@@ -17,12 +17,15 @@ m = 0.1 ln(factor) + 1 makes up for attention that spreads over more positions. 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from bitnet_train.errors import UserError
+from bitnet_train.kernels import gpu
 
 # Field names of each type beside rope_type and factor: those that must be set, those that may be.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -170,8 +173,26 @@ def rotation(position_ids: Tensor, head_dim: int, theta: float, scaling: RopeSca
     return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
+class _Rotate(Function):
+    """`rotate` in one pass; its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return gpu.rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return gpu.rotate(grad_outputs[0], cos, sin, -1.0), None, None
+
+
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turns queries or keys `(batch, heads, seq, head_dim)`; float32 inside, the dtype of x outside."""
+    if gpu.available(x, *by):
+        turned: Tensor = _Rotate.apply(x, by.cos, by.sin)  # type: ignore[no-untyped-call]
+        return turned
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * by.cos + turned * by.sin).to(x.dtype)

@@ -21,6 +21,7 @@ from bitnet_train.kernels import gpu, native
 from bitnet_train.losses import tokens
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.model.rope import rotate, rotation
 from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
 from tests.support import ROOT, TINY
 
@@ -178,6 +179,26 @@ def test_a_label_outside_of_the_head_has_no_likelihood() -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_rotation(dtype: torch.dtype, batches: int, laid_out: bool) -> None:
+    """Of heads in the middle of a projection's row, as they are met, and of heads one after the other."""
+    projected = torch.randn(2, 7, 80).to(dtype).requires_grad_()
+    by = rotation(torch.randint(50, (batches, 7)), head_dim=12, theta=1e4)
+    grad = torch.randn(2, 3, 7, 12).to(dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        x = projected[..., 10:46].unflatten(-1, (3, 12)).transpose(1, 2)
+        y = rotate(x if laid_out else x.contiguous(), by)
+        return y, *torch.autograd.grad(y, [projected], grad)
+
+    got, want = both(run)
+    assert_close(got, want, tolerance(dtype))
+    if dtype == torch.float32:
+        assert torch.equal(got[0], want[0])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_function_forward_and_backward(activation: str | None) -> None:
     sizes = (24, 40 if activation is None else 80)
@@ -239,7 +260,7 @@ def test_what_ptxas_makes_of_the_programs(tmp_path: Path) -> None:
     for program in programs:
         assert program["local_bytes"] <= 64, program
         assert program["shared_bytes"] <= 227 * 1024, program
-        if program["name"] in ("quantize", "norm_backward", "linear", "expand"):
+        if program["name"] in ("quantize", "norm_backward", "linear", "expand", "rotate"):
             assert program["fused_multiply_adds"] == 0, program
         if program["name"] == "linear":
             assert program["int8_products"] > 0, program

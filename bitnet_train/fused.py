@@ -74,7 +74,7 @@ def quantize(x: Tensor, norm: Norm | None, activation: str | None) -> tuple[Tens
     weight, eps = norm or (None, 0.0)
     if native.available(x, weight):
         return native.quantize(x, weight, eps, activation)
-    if gpu.available(x, weight, size=x.shape[1]):
+    if gpu.available(x, weight, size=x.shape[1] // (1 if activation is None else 2)):
         return gpu.quantize(x, weight, eps, activation)
     v = source(x, activation)
     rms = v.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
@@ -89,7 +89,7 @@ def linear(
 
     The sum of integers is exact; what follows is float32, rounded once.
     """
-    if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)):
+    if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)) and gpu.multiplies(codes):
         return gpu.linear(codes, stacked.codes, stacked.column, scale, bias, residual, dtype)
     products = integer_matmul(codes, stacked.codes)
     return dequantize(products, stacked.column, scale, bias, residual, dtype)
@@ -138,7 +138,7 @@ def norm_backward(
         return grad.to(x.dtype), None
     if native.available(grad, x, norm.weight):
         return native.norm_backward(grad, x, norm.weight, rms, activation)
-    if gpu.available(grad, x, norm.weight, size=x.shape[1]):
+    if gpu.available(grad, x, norm.weight, size=grad.shape[1]):
         return gpu.norm_backward(grad, x, norm.weight, rms, activation)
     normal, grad = source(x, activation) * rms, grad.float()
     product = grad * normal

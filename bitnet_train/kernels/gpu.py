@@ -2,7 +2,7 @@
 
 BITNET_TRAIN_NATIVE=0 in the environment turns them off, and the C++ passes with them. A program is compiled when it is
 first met with a new shape or dtype, and kept in Triton's cache (~/.triton); a product also tries its tiles then.
-Triton comes with torch's CUDA builds and needs a C compiler for what calls its programs.
+Triton comes with torch's CUDA builds and needs a C compiler and Python's headers.
 """
 
 import functools
@@ -10,6 +10,8 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -24,7 +26,8 @@ LARGEST_ROW = 1 << 14  # features that a program holds at once
 ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocessor, whatever the device
 _PART = 1024  # of a row or an array, of a program that needs no whole rows
 _VOCABULARY_PART = 4096
-_MOST_FEATURES = 128  # of a step of a product, over all its tiles
+_MOST_FEATURES = 256  # of a step of a product, over all its tiles
+_ALIGNED = 16  # bytes that are read at once
 
 
 def available(*tensors: Tensor | None, size: int = 1) -> bool:
@@ -33,20 +36,39 @@ def available(*tensors: Tensor | None, size: int = 1) -> bool:
     return ordinary(tensors, DEVICE) and size <= LARGEST_ROW and all(map(capable, devices)) and _installed()
 
 
-@functools.cache
+def multiplies(codes: Tensor) -> bool:
+    """Whether `linear` is for these codes `(tokens, size)`: rows that are aligned, where Triton has fast int8 products.
+
+    On Blackwell it makes Ampere's instructions of them; torch's own product knows better ones.
+    """
+    blackwell = codes.device.type == "cuda" and torch.cuda.get_device_capability(codes.device) >= (10, 0)
+    return codes.shape[1] % _ALIGNED == 0 and not blackwell
+
+
 def capable(device: torch.device) -> bool:
-    """Whether a CUDA device has bfloat16 and int8 tensor cores: Nvidia's since Ampere."""
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+    """Whether a CUDA device is the current one, where Triton runs, and has bfloat16 and int8: Nvidia's since Ampere."""
+    return device.type != "cuda" or (
+        device.index == torch.cuda.current_device()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @functools.cache
 def _installed() -> bool:
     off = os.environ.get("BITNET_TRAIN_NATIVE") == "0"
-    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    found = importlib.util.find_spec("triton") is not None and _compiles()
     if off or not found:
         logger.info("the Triton programs are off: the same is computed by torch, slower")
     return found and not off
+
+
+def _compiles() -> bool:
+    """Whether a C compiler and Python's headers are there, with which Triton makes what calls its programs."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    scheme = "posix_prefix" if sysconfig.get_default_scheme() == "posix_local" else None  # Debian's, as in Triton
+    headers = sysconfig.get_path("include", scheme) if scheme else sysconfig.get_path("include")
+    return any(map(shutil.which, compilers)) and Path(headers, "Python.h").is_file()
 
 
 @functools.cache
@@ -131,8 +153,8 @@ def linear(
         _programs().linear[lambda tile: (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)](
             codes.contiguous(),
             ternary.contiguous(),
-            column,
-            scale,
+            column.contiguous(),
+            scale.contiguous(),
             _vector(bias, out),
             residual,
             y,
@@ -150,7 +172,7 @@ def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * factor in `dtype`: int8 `(rows, size)` and float32 `(rows,)` or `(rows, 1)` to `(rows, size)`."""
     rows, size = codes.shape
     y = torch.empty(rows, size, dtype=dtype, device=codes.device)
-    _programs().expand[(rows, -(-size // _PART))](codes, factor.contiguous(), y, size, _PART)
+    _programs().expand[(rows, -(-size // _PART))](codes.contiguous(), factor.contiguous(), y, size, _PART)
     return y
 
 

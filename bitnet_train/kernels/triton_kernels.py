@@ -91,7 +91,7 @@ def norm_backward(
     width = size if ACTIVATION is None else 2 * size
     gain = tl.load(weight + i, inside, other=0.0)
     sums = tl.zeros([BLOCK], tl.float32)
-    for k in range(height):
+    for k in tl.range(0, height, num_stages=2):  # the next row is read meanwhile
         t = block.to(tl.int64) * height + k
         here = inside & (t < rows)
         r = tl.load(rms + t, t < rows, other=0.0)
@@ -106,8 +106,11 @@ def norm_backward(
 
 
 # Tiles of the product: rows and columns of the result, features per step, then warps and stages of the pipeline. The
-# device's fastest is found by trying; the sums are exact, so that the choice changes no bit.
+# device's fastest is found by trying; the sums are exact, so that the choice changes no bit. Triton waits for an int8
+# product before the next step: long steps, or tiles of which two fit a multiprocessor.
 TILES = [
+    triton.Config({"ROWS": 128, "COLUMNS": 128, "FEATURES": 256}, num_warps=8, num_stages=3),
+    triton.Config({"ROWS": 128, "COLUMNS": 256, "FEATURES": 256}, num_warps=8, num_stages=2),
     triton.Config({"ROWS": 128, "COLUMNS": 256, "FEATURES": 128}, num_warps=8, num_stages=3),
     triton.Config({"ROWS": 256, "COLUMNS": 128, "FEATURES": 128}, num_warps=8, num_stages=3),
     triton.Config({"ROWS": 128, "COLUMNS": 128, "FEATURES": 128}, num_warps=8, num_stages=4),

@@ -128,25 +128,18 @@ class BitNetAttention(nn.Module):
         if whole and block_attention_available(q):
             starts = q.new_zeros(q.shape[0], q.shape[2], dtype=torch.int64) if documents is None else documents.starts
             attended = block_attention(q, k, v, starts)
+        elif whole and documents is not None and varlen_attention_available(q):
+            attended = varlen_attention(q, k, v, *documents.lengths)
         else:
-            k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
-            attended = self._attend_ungrouped(q, k, v, documents, dropout, whole)
+            attended = F.scaled_dot_product_attention(
+                q,
+                k.repeat_interleave(self.groups, dim=1),
+                v.repeat_interleave(self.groups, dim=1),
+                attn_mask=None if documents is None else documents.mask,
+                dropout_p=dropout,
+                is_causal=documents is None and q.shape[2] > 1,
+            )
         return attended.transpose(1, 2).flatten(2)
-
-    def _attend_ungrouped(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, whole: bool
-    ) -> Tensor:
-        """`(batch, heads, seq, head_dim)`, as many heads of keys and values, to the same."""
-        if whole and documents is not None and varlen_attention_available(q):
-            return varlen_attention(q, k, v, *documents.lengths)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if documents is None else documents.mask,
-            dropout_p=dropout,
-            is_causal=documents is None and q.shape[2] > 1,
-        )
 
     def forward(
         self, h: Tensor, norm: RMSNorm, by: Rotation, documents: Documents | None, cache: LayerCache | None = None

@@ -13,14 +13,14 @@ from bitnet_train.kernels.gpu import capable
 from bitnet_train.kernels.tensors import ordinary
 
 DEVICE = "cuda"
-LARGEST_HEAD = 256  # features, a multiple of 8
+LARGEST_HEAD = 192  # features, a multiple of 8: what the backward pass takes on every device
 
 
 def available(q: Tensor) -> bool:
     """Whether `varlen_attention` can work on queries like these."""
     dim = q.shape[-1]
-    fits = dim % 8 == 0 and dim <= LARGEST_HEAD
-    return fits and ordinary((q,), DEVICE, (torch.bfloat16, torch.float16)) and capable(q.device)
+    fits = dim % 8 == 0 and dim <= LARGEST_HEAD and ordinary((q,), DEVICE, (torch.bfloat16, torch.float16))
+    return fits and capable(q.device) and (not q.is_cuda or torch.backends.cuda.is_flash_attention_available())
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
@@ -28,8 +28,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longes
 
     Args:
         q: `(batch, heads, seq, head_dim)`, bfloat16 or float16.
-        k: as q.
-        v: as q.
+        k: `(batch, kv_heads, seq, head_dim)`; each of its heads serves heads / kv_heads heads of q.
+        v: as k.
         boundaries: int32 `(documents + 1,)`: where each document begins in the rows laid end to end, and their end.
         longest: tokens of the longest document.
 
@@ -37,7 +37,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longes
         `(batch, heads, seq, head_dim)`, laid out as `(batch, seq, heads, head_dim)`.
     """
     batch, heads, seq, dim = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(batch * seq, heads, dim) for x in (q, k, v))
-    attended = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0))
+    q, *kv = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).flatten(0, 1) for x in kv)
+    attended = varlen_attn(q.flatten(0, 1), k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0))
     assert isinstance(attended, Tensor)
     return attended.view(batch, seq, heads, dim).transpose(1, 2)

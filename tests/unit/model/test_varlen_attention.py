@@ -52,13 +52,16 @@ def _on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_outputs_and_gradients() -> None:
-    q, k, v = inputs = [torch.randn(3, 40, 4, 16).bfloat16().transpose(1, 2).requires_grad_() for _ in range(3)]
+    shapes = ((3, 40, heads, 16) for heads in (4, 2, 2))
+    q, k, v = inputs = [torch.randn(shape).bfloat16().transpose(1, 2).requires_grad_() for shape in shapes]
     ids = torch.randint(0, 2, (3, 40)).cumsum(dim=1) // 5
     ids[0] = 0  # one that fills the row
     documents = Documents(ids)
     assert module.available(q)
     output = varlen_attention(q, k, v, *documents.lengths)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask)
+    expected = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), attn_mask=documents.mask
+    )
     grad = torch.randn_like(output)
     got = [output, *torch.autograd.grad(output, inputs, grad)]
     want = [expected, *torch.autograd.grad(expected, inputs, grad)]

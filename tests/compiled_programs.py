@@ -39,8 +39,8 @@ def launches() -> Iterator[Launch]:
         stream = {"y": "*fp32", "residual": "*fp32"}  # o_proj and down_proj end in the residual stream
         yield "linear", {**product, **counts, **stream}, {"bias": None, "WHOLE": True, **tile.kwargs}, options
     yield "expand", {"codes": "*i8", "factor": "*fp32", "y": "*bf16", "size": "i32"}, {"BLOCK": gpu._PART}, {}
-    fold = {"w": "*fp32", "sums": "*fp64", "size": "i32", "folds": "i32"}
-    yield "fold_absolutes", fold, {"HALVINGS": 8, "BLOCK": 32}, {"num_warps": gpu._warps(2 * 6912)}
+    rows = {"w": "*fp32", "sums": "*fp64", "size": "i32", "odd": "i32"}
+    yield "absolute_sums", rows, {"HALVINGS": 8, "BLOCK": 32}, {"num_warps": gpu._warps(2 * 6912)}
     weights = {"w": "*fp32", "half": "*fp32", "codes": "*i8", "count": "i32"}
     yield "ternary_codes", weights, {"BLOCK": gpu._PART}, {}
     logits, block = {"logits": "*bf16", "labels": "*i64", "lse": "*fp32", "vocab": "i32"}, gpu._VOCABULARY_PART

@@ -176,19 +176,16 @@ def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def fold_absolutes(rows: Tensor) -> Tensor:
-    """|w| of every row with its right half added to its left, float64, as often as it has two equal halves.
-
-    The order is that of `quant.row_sums`, to whose sums this is the first part: `(rows, size)` to `(rows, size / 2^n)`.
-    """
+def absolute_sums(rows: Tensor) -> Tensor:
+    """sum |w| of every row `(rows, size)`, float64 `(rows,)`, in the order of `quant.row_sums`: to its last bit."""
     count, size = rows.shape
-    halvings = (size & -size).bit_length() - 1 if size else 0
-    folded = torch.empty(count, size >> halvings, dtype=torch.float64, device=rows.device)
+    sums = torch.empty(count, dtype=torch.float64, device=rows.device)
+    halvings = (size & -size).bit_length() - 1
     block = _power_of_two(size >> halvings)
-    _programs().fold_absolutes[(count,)](
-        rows.contiguous(), folded, size, size >> halvings, halvings, block, num_warps=_warps(2 * block << halvings)
+    _programs().absolute_sums[(count,)](
+        rows.contiguous(), sums, size, size >> halvings, halvings, block, num_warps=_warps(2 * block << halvings)
     )
-    return folded
+    return sums
 
 
 def ternary_codes(weight: Tensor, half: Tensor) -> Tensor:

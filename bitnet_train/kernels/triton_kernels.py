@@ -178,22 +178,27 @@ def expand(codes, factor, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold_absolutes(
+def absolute_sums(
     w,
     sums,
     size,
-    folds,
+    odd,
     HALVINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row of |w|, folded HALVINGS times: its right half added to its left, float64, down to size / 2^HALVINGS."""
+    """A row: sum |w|, float64, its right half added to its left until one is left; size = odd 2^HALVINGS."""
     row = tl.program_id(0).to(tl.int64)
-    piece = tl.arange(0, 2**HALVINGS)[:, None]
-    i = tl.arange(0, BLOCK)[None, :]
-    value = tl.abs(tl.load(w + row * size + piece * folds + i, i < folds, other=0.0).to(tl.float64))
+    piece, i = tl.arange(0, 2**HALVINGS)[:, None], tl.arange(0, BLOCK)[None, :]
+    value = tl.abs(tl.load(w + row * size + piece * odd + i, i < odd, other=0.0).to(tl.float64))
     for halving in tl.static_range(HALVINGS):
         value = tl.sum(tl.reshape(value, (2, 2 ** (HALVINGS - 1 - halving), BLOCK)), axis=0)
-    tl.store(sums + row * folds + i, value, i < folds)
+    columns = odd
+    while columns > 1:
+        half = (columns + 1) // 2
+        right = tl.gather(value, tl.minimum(i + half, BLOCK - 1), axis=1)
+        value += tl.where(i + half < columns, right, 0.0)
+        columns = half
+    tl.store(sums + row + i, value, i < 1)
 
 
 @triton.jit

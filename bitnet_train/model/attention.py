@@ -71,10 +71,10 @@ class Documents:
     def lengths(self) -> tuple[Tensor, int]:
         """Where documents begin in the rows laid end to end, and their end, int32; tokens of the longest one. Kept."""
         if self._lengths is None:
-            positions = torch.arange(self.starts.shape[1], device=self.starts.device)
-            begins = (self.starts == positions).flatten().nonzero()[:, 0]
-            boundaries = torch.cat((begins, begins.new_tensor([self.starts.numel()])))
-            self._lengths = boundaries.int(), int(boundaries.diff().max())
+            starts = self.starts.cpu()  # the one time that the host waits
+            begins = (starts == torch.arange(starts.shape[1], device="cpu")).flatten().nonzero()[:, 0]
+            boundaries = F.pad(begins, (0, 1), value=starts.numel()).int()
+            self._lengths = boundaries.to(self.starts.device, non_blocking=True), int(boundaries.diff().max())
         return self._lengths
 
     @property

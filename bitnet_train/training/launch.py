@@ -53,6 +53,7 @@ def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
         StopRequested: the run was asked to stop; its state is saved.
         RunFailed: a launched rank has failed, died or hung.
     """
+    _check_accelerator(config.trainer.get("accelerator", "auto"))
     count = _count(config.trainer) if own_rank() is None else 1
     if count > 1:
         _launch(config, run_dir, count)
@@ -61,6 +62,19 @@ def start(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
     from bitnet_train.training.run import run
 
     run(settings, config, run_dir)
+
+
+def _check_accelerator(accelerator: str) -> None:
+    """Before data is read and a model made.
+
+    Raises:
+        UserError: it is to be a GPU, and there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise UserError(
+            f"trainer.accelerator={accelerator} needs a GPU that torch {torch.__version__} can use, and it sees none; "
+            "use trainer=cpu, or install torch's build for the GPU"
+        )
 
 
 def _count(trainer: DictConfig) -> int:

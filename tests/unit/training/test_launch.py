@@ -124,3 +124,13 @@ def test_signals_after_the_first_are_ignored_until_the_block_ends() -> None:
     with pytest.raises(StopRequested, match="SIGTERM"), stop_on_signals():
         signalled()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_that_is_not_there_is_missed_first(monkeypatch: pytest.MonkeyPatch, accelerator: str) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"trainer.accelerator={accelerator} needs a GPU .* use trainer=cpu"):
+        launch._check_accelerator(accelerator)
+    launch._check_accelerator("auto")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    launch._check_accelerator(accelerator)

@@ -89,7 +89,7 @@ def linear(
 
     The sum of integers is exact; what follows is float32, rounded once.
     """
-    if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)) and gpu.multiplies(codes):
+    if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)):
         return gpu.linear(codes, stacked.codes, stacked.column, scale, bias, residual, dtype)
     products = integer_matmul(codes, stacked.codes)
     return dequantize(products, stacked.column, scale, bias, residual, dtype)

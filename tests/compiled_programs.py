@@ -38,6 +38,8 @@ def launches() -> Iterator[Launch]:
         yield "linear", {**product, **counts}, constants, options
         stream = {"y": "*fp32", "residual": "*fp32"}  # o_proj and down_proj end in the residual stream
         yield "linear", {**product, **counts, **stream}, {"bias": None, "WHOLE": True, **tile.kwargs}, options
+    sums = {"products": "*i32", "column": "*fp32", "scale": "*fp32", "y": "*fp32", "residual": "*fp32", "out": "i32"}
+    yield "dequantize", sums, {"bias": None, "BLOCK": gpu._PART}, {}
     yield "expand", {"codes": "*i8", "factor": "*fp32", "y": "*bf16", "size": "i32"}, {"BLOCK": gpu._PART}, {}
     rows = {"w": "*fp32", "sums": "*fp64", "size": "i32", "odd": "i32"}
     yield "absolute_sums", rows, {"HALVINGS": 8, "BLOCK": 32}, {"num_warps": gpu._warps(2 * 6912)}

@@ -11,12 +11,15 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.kernels.tensors import ordinary
 
 logger = logging.getLogger(__name__)
@@ -28,21 +31,13 @@ _PART = 1024  # of a row or an array, of a program that needs no whole rows
 _VOCABULARY_PART = 4096
 _MOST_FEATURES = 256  # of a step of a product, over all its tiles
 _ALIGNED = 16  # bytes that are read at once
+_FASTEST: dict[tuple[object, ...], Callable[["Product"], Tensor]] = {}  # way of each kind of product
 
 
 def available(*tensors: Tensor | None, size: int = 1) -> bool:
     """True where the programs can work on these tensors, in rows of `size` features: outside a compiled graph."""
     devices = {tensor.device for tensor in tensors if tensor is not None}
     return ordinary(tensors, DEVICE) and size <= LARGEST_ROW and all(map(capable, devices)) and _installed()
-
-
-def multiplies(codes: Tensor) -> bool:
-    """Whether `linear` is for these codes `(tokens, size)`: rows that are aligned, where Triton has fast int8 products.
-
-    On Blackwell it makes Ampere's instructions of them; torch's own product knows better ones.
-    """
-    blackwell = codes.device.type == "cuda" and torch.cuda.get_device_capability(codes.device) >= (10, 0)
-    return codes.shape[1] % _ALIGNED == 0 and not blackwell
 
 
 def capable(device: torch.device) -> bool:
@@ -133,6 +128,25 @@ def norm_backward(
     return grad_x, partial.sum(dim=0)
 
 
+class Product(NamedTuple):
+    """What `linear` works on, contiguous: int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)`."""
+
+    codes: Tensor
+    ternary: Tensor
+    column: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Products of one kind take about the same time."""
+        (tokens, size), others = self.codes.shape, (self.bias, self.residual)
+        dtypes = (None if other is None else other.dtype for other in others)
+        return size, len(self.ternary), tokens.bit_length(), self.dtype, *dtypes, self.codes.device
+
+
 def linear(
     codes: Tensor,
     ternary: Tensor,
@@ -142,29 +156,48 @@ def linear(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y = (codes . ternary^T) column / scale + bias + residual in one pass, see `fused.linear`.
+    """y = (codes . ternary^T) column / scale + bias + residual, see `fused.linear`: `(tokens, out)` of `dtype`.
 
-    Int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)` to `(tokens, out)` of `dtype`.
+    In one program, or as torch's product and a pass behind it: what is faster on this device, tried once for each kind.
+    The sums are exact and what follows is the same, so that the choice changes no bit.
     """
-    (tokens, size), out = codes.shape, len(ternary)
-    y = torch.empty(tokens, out, dtype=dtype, device=codes.device)
-    residual = None if residual is None else residual.expand(tokens, out).contiguous()
-    if y.numel():
-        _programs().linear[lambda tile: (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)](
-            codes.contiguous(),
-            ternary.contiguous(),
-            column.contiguous(),
-            scale.contiguous(),
-            _vector(bias, out),
-            residual,
-            y,
-            tokens,
-            out,
-            size,
-            tokens.bit_length(),
-            size % _MOST_FEATURES == 0,
-            enable_fp_fusion=False,
-        )
+    out = len(ternary)
+    product = Product(
+        codes.contiguous(),
+        ternary.contiguous(),
+        column.contiguous(),
+        scale.contiguous(),
+        _vector(bias, out),
+        None if residual is None else residual.expand(len(codes), out).contiguous(),
+        dtype,
+    )
+    return _way(product)(product)
+
+
+def _way(product: Product) -> Callable[[Product], Tensor]:
+    if not product.codes.numel() or product.codes.shape[1] % _ALIGNED:
+        return _in_two
+    if product.codes.device.type == "cuda" and product.kind not in _FASTEST:
+        from triton.testing import do_bench
+
+        _FASTEST[product.kind] = min((_in_one, _in_two), key=lambda way: do_bench(lambda: way(product)))
+    return _FASTEST.get(product.kind, _in_one)
+
+
+def _in_one(product: Product) -> Tensor:
+    (tokens, size), out = product.codes.shape, len(product.ternary)
+    y = torch.empty(tokens, out, dtype=product.dtype, device=product.codes.device)
+    _programs().linear[lambda tile: (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)](
+        *product[:-1], y, tokens, out, size, tokens.bit_length(), size % _MOST_FEATURES == 0, enable_fp_fusion=False
+    )
+    return y
+
+
+def _in_two(product: Product) -> Tensor:
+    sums = integer_matmul(product.codes, product.ternary)
+    y = torch.empty(sums.shape, dtype=product.dtype, device=sums.device)
+    (tokens, out), rest = sums.shape, product[2:-1]
+    _programs().dequantize[(tokens, -(-out // _PART))](sums, *rest, y, out, _PART, enable_fp_fusion=False)
     return y
 
 

@@ -170,6 +170,19 @@ def linear(
 
 
 @triton.jit
+def dequantize(products, column, scale, bias, residual, y, out, BLOCK: tl.constexpr):
+    """A part of a row: y = products column / scale + bias + residual; bias and residual may be None."""
+    t, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, inside, step = t * out + n, n < out, tl.div_rn(1.0, tl.load(scale + t))
+    value = tl.load(products + at, inside, other=0).to(tl.float32) * (tl.load(column + n, inside, other=0.0) * step)
+    if bias is not None:
+        value += tl.load(bias + n, inside, other=0.0)
+    if residual is not None:
+        value += tl.load(residual + at, inside, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
 def expand(codes, factor, y, size, BLOCK: tl.constexpr):
     """A part of a row: codes * factor, one factor per row."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

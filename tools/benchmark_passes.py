@@ -100,14 +100,14 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(context_line(torch.get_num_threads()))
-    print(f"{'':34}{'ms':>9}{'rate':>14}{'in torch, ms':>14}{'ratio':>22}")
+    print(f"{'':34}{'ms':>9}{'rate':>14}{'in torch, ms':>14}{'ratio':>24}")
     results = {}
     for one in passes(arguments.tokens, arguments.hidden, arguments.inner, arguments.vocab, device):
         ours, torchs = compare(one, arguments.rounds, device)
         typical, giga = statistics.median(ours), 1e12 if one.unit == "TOP/s" else 1e9
         rate, ratio = f"{one.work / typical / giga:.2f} {one.unit}", Spread.of(ratios(torchs, ours)).text()
         print(
-            f"{one.name:34}{1e3 * typical:9.2f}{rate:>14}{1e3 * statistics.median(torchs):14.2f}{ratio:>22}", flush=True
+            f"{one.name:34}{1e3 * typical:9.2f}{rate:>14}{1e3 * statistics.median(torchs):14.2f}{ratio:>24}", flush=True
         )
         results[one.name] = {"ours": ours, "torch": torchs}
     if arguments.json:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.kernels.integer_matmul import integer_matmul
-from bitnet_train.kernels.tensors import ordinary
+from bitnet_train.kernels.tensors import ordinary, rows_of_heads
 
 logger = logging.getLogger(__name__)
 
@@ -269,9 +269,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         As x, laid out as `(batch, seq, heads, head_dim)`.
     """
     batch, heads, seq, dim = x.shape
-    tokens = x.transpose(1, 2)
-    if tokens.stride()[2:] != (dim, 1) or tokens.stride(0) != seq * tokens.stride(1):
-        tokens = tokens.contiguous()
+    tokens = rows_of_heads(x)
     y = torch.empty(batch, seq, heads, dim, dtype=x.dtype, device=x.device)
     _programs().rotate[(batch * seq,)](
         tokens,

@@ -262,6 +262,26 @@ void norm_backward(const G *grad, const X *x, const float *weight, const float *
     });
 }
 
+// The heads of each token, `stride` elements after those before it, turned by sign times the angle of its position.
+template <class X>
+void rotate(const X *x, const float *cos, const float *sin, float sign, int64_t tokens, int64_t stride, int64_t heads,
+            int64_t half, int64_t positions, X *y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float *c = cos + t % positions * 2 * half, *s = sin + t % positions * 2 * half;
+        for (int64_t head = 0; head < heads; ++head) {
+            const X *from = x + t * stride + head * 2 * half;
+            X *to = y + (t * heads + head) * 2 * half;
+#pragma omp simd
+            for (int64_t i = 0; i < half; ++i) {
+                float first = load(from[i]), second = load(from[half + i]), signed_sine = sign * s[i];
+                store(first * c[i] - second * signed_sine, to[i]);
+                store(second * c[i] + first * signed_sine, to[half + i]);
+            }
+        }
+    }
+}
+
 // Where a query of a block looks. The rows of a score matrix are (head, group, query); query i of the block stands at
 // position `position + i` of its row of tokens and sees the keys from starts[i] (its document's first) to itself. The
 // columns are the keys from position `first` on.
@@ -440,6 +460,14 @@ SCALE_GRADIENT(bf16, bf16, scale_gradient_bf16_bf16)
 NORM_BACKWARD(float, float, norm_backward_f32_f32)
 NORM_BACKWARD(bf16, float, norm_backward_bf16_f32)
 NORM_BACKWARD(bf16, bf16, norm_backward_bf16_bf16)
+
+#define ROTATE(X, NAME)                                                                                                \
+    void NAME(const X *x, const float *cos, const float *sin, float sign, int64_t tokens, int64_t stride,              \
+              int64_t heads, int64_t half, int64_t positions, X *y) {                                                  \
+        rotate(x, cos, sin, sign, tokens, stride, heads, half, positions, y);                                          \
+    }
+ROTATE(float, rotate_f32)
+ROTATE(bf16, rotate_bf16)
 
 #define ATTENTION(Y, SOFTMAX, BACKWARD)                                                                                \
     void SOFTMAX(Y *scores, int64_t rows, int64_t keys, float factor, const int64_t *starts, int64_t queries,          \

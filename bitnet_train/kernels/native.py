@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitnet_train.kernels.tensors import FLOATS, ordinary
+from bitnet_train.kernels.tensors import FLOATS, ordinary, rows_of_heads
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +172,16 @@ def norm_backward(
     name = f"norm_backward_{_SUFFIX[grad.dtype]}_{_SUFFIX[x.dtype]}"
     _call(name, grad, x, weight, rms, tokens, size, ACTIVATIONS[activation], ROW_BLOCKS, grad_x, partial)
     return grad_x, partial.sum(dim=0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Turns heads `(batch, heads, seq, head_dim)` by sign times an angle, see `gpu.rotate`."""
+    batch, heads, seq, dim = x.shape
+    tokens, cos, sin = rows_of_heads(x), cos.contiguous(), sin.contiguous()
+    y = torch.empty(batch, seq, heads, dim, dtype=x.dtype, device="cpu")
+    counts = (batch * seq, tokens.stride(1), heads, dim // 2, len(cos) * seq)
+    _call(f"rotate_{_SUFFIX[x.dtype]}", tokens.data_ptr(), cos, sin, sign, *counts, y)  # tokens: with gaps in between
+    return y.transpose(1, 2)
 
 
 class Window(NamedTuple):

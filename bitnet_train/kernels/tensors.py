@@ -19,3 +19,14 @@ def ordinary(tensors: Iterable[Tensor | None], device: str, dtypes: Container[to
         type(tensor) in (Tensor, Parameter) and tensor.device.type == device and tensor.dtype in dtypes
         for tensor in present
     )
+
+
+def rows_of_heads(x: Tensor) -> Tensor:
+    """`(batch, heads, seq, head_dim)` as `(batch, seq, heads, head_dim)`: heads side by side, tokens equally far apart.
+
+    A view where x is a part of a projection's rows, which it mostly is.
+    """
+    rows = x.transpose(1, 2)
+    batch, token, head, feature = rows.stride()
+    regular = (head, feature) == (rows.shape[3], 1) and batch == rows.shape[1] * token
+    return rows if regular else rows.contiguous()

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bitnet_train.errors import UserError
-from bitnet_train.kernels import gpu
+from bitnet_train.kernels import gpu, native
 
 # Field names of each type beside rope_type and factor: those that must be set, those that may be.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -174,23 +174,27 @@ def rotation(position_ids: Tensor, head_dim: int, theta: float, scaling: RopeSca
 
 
 class _Rotate(Function):
-    """`rotate` in one pass; its gradient is turned back."""
+    """`rotate` in one pass of C++ or Triton; its gradient is turned back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return gpu.rotate(x, cos, sin, 1.0)
+        return _turned(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return gpu.rotate(grad_outputs[0], cos, sin, -1.0), None, None
+        return _turned(grad_outputs[0], cos, sin, -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    return native.rotate(x, cos, sin, sign) if native.available(x) else gpu.rotate(x, cos, sin, sign)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turns queries or keys `(batch, heads, seq, head_dim)`; float32 inside, the dtype of x outside."""
-    if gpu.available(x, *by):
+    if native.available(x, *by) or gpu.available(x, *by):
         turned: Tensor = _Rotate.apply(x, by.cos, by.sin)  # type: ignore[no-untyped-call]
         return turned
     first, second = x.chunk(2, dim=-1)

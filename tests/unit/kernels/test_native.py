@@ -17,6 +17,7 @@ from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
 from bitnet_train.losses import tokens
+from bitnet_train.model.rope import rotate, rotation
 from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -97,6 +98,26 @@ def test_scales_of_both_directions(in_torch: pytest.MonkeyPatch, dtype: torch.dt
         compiled, eager = both(in_torch, lambda g=grad: fused.scale_gradient(g, column, scale, dtype))
         for got, want in zip(compiled, eager, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_rotation(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, batches: int, laid_out: bool) -> None:
+    """Of heads in the middle of a projection's row, as they are met, and of heads one after the other."""
+    projected = torch.randn(2, 7, 80).to(dtype).requires_grad_()
+    by = rotation(torch.randint(50, (batches, 7)), head_dim=12, theta=1e4)
+    grad = torch.randn(2, 3, 7, 12).to(dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        x = projected[..., 10:46].unflatten(-1, (3, 12)).transpose(1, 2)
+        y = rotate(x if laid_out else x.contiguous(), by)
+        return y, *torch.autograd.grad(y, [projected], grad)
+
+    compiled, eager = both(in_torch, run)
+    assert torch.equal(compiled[0], eager[0])
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # torch rounds both terms of the gradient to bfloat16
+    torch.testing.assert_close(compiled[1], eager[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

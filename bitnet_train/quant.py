@@ -55,7 +55,7 @@ def row_sums(weight: Tensor) -> Tensor:
     rows = rows.reshape(len(rows), prod(rows.shape[1:])) if rows.ndim > 1 else rows.reshape(1, -1)
     if native.available(rows) and rows.is_contiguous() and rows.numel():
         return native.absolute_sums(rows, rows.shape[1])
-    if gpu.available(rows, size=rows.shape[1]) and rows.shape[1]:
+    if gpu.available(rows, size=rows.shape[1]) and gpu.folds(rows.shape[1]):
         return gpu.absolute_sums(rows)
     in_blocks = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     step = max(1, _CPU_BLOCK // max(1, rows.shape[1]) if in_blocks else len(rows))

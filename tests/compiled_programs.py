@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -23,13 +24,25 @@ Launch = tuple[str, dict[str, str], dict[str, Any], dict[str, int]]  # program, 
 
 def launches() -> Iterator[Launch]:
     """What training at hidden 2560 with bf16 autocast launches."""
-    for size, activation, x in ((2560, None, "*fp32"), (6912, "relu2", "*bf16"), (6912, "silu", "*bf16")):
+    for size, activation, x in (
+        (2560, None, "*fp32"),
+        (6912, "relu2", "*bf16"),
+        (6912, "silu", "*bf16"),
+        (16384, None, "*fp32"),
+    ):
         block = gpu._power_of_two(size)
         constants, options = {"ACTIVATION": activation, "BLOCK": block}, {"num_warps": gpu._warps(block)}
         row = {"x": x, "weight": "*fp32", "rms": "*fp32", "size": "i32"}
         yield "quantize", {**row, "codes": "*i8", "scale": "*fp32", "eps": "fp32"}, constants, options
+        elements, sizes = (
+            torch.float32 if x == "*fp32" else torch.bfloat16,
+            (size, size if activation is None else 2 * size),
+        )
+        stages = gpu._stages(
+            block, torch.empty(0, sizes[1], dtype=elements), torch.empty(0, size, dtype=torch.bfloat16)
+        )
         gradients = {"grad": "*bf16", "grad_x": x, "partial": "*fp32", "rows": "i32", "height": "i32"}
-        yield "norm_backward", {**row, **gradients}, constants, options
+        yield "norm_backward", {**row, **gradients}, constants | {"STAGES": stages}, options
     product = {"codes": "*i8", "ternary": "*i8", "column": "*fp32", "scale": "*fp32", "y": "*bf16"}
     counts = dict.fromkeys(("rows", "out", "size", "magnitude"), "i32")
     for tile in triton_kernels.TILES:

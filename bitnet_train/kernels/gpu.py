@@ -8,6 +8,7 @@ Triton comes with torch's CUDA builds and needs a C compiler and Python's header
 import functools
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import sysconfig
@@ -30,6 +31,9 @@ ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocess
 _PART = 1024  # of a row or an array, of a program that needs no whole rows
 _VOCABULARY_PART = 4096
 _MOST_FEATURES = 256  # of a step of a product, over all its tiles
+_STAGED = 48 << 10  # bytes of a row that waits in shared memory, of which every device has 99 KB
+_MOST_FOLDED = 128  # columns that `absolute_sums` folds unevenly: Triton takes minutes to compile wide gathers
+_SMALLEST = 17  # tokens that torch's int8 product is for
 _ALIGNED = 16  # bytes that are read at once
 _FASTEST: dict[tuple[object, ...], Callable[["Product"], Tensor]] = {}  # way of each kind of product
 
@@ -121,6 +125,7 @@ def norm_backward(
         size,
         height,
         activation,
+        _stages(block, x, grad),
         block,
         num_warps=_warps(block),
         enable_fp_fusion=False,
@@ -145,6 +150,12 @@ class Product(NamedTuple):
         (tokens, size), others = self.codes.shape, (self.bias, self.residual)
         dtypes = (None if other is None else other.dtype for other in others)
         return size, len(self.ternary), tokens.bit_length(), self.dtype, *dtypes, self.codes.device
+
+
+def _stages(block: int, x: Tensor, grad: Tensor) -> int:
+    """2 where two rows of x and of the gradient fit the shared memory of every device, rounded up to `block`."""
+    row = block * (x.shape[1] // grad.shape[1] * x.element_size() + grad.element_size())
+    return 2 if row <= _STAGED else 1
 
 
 def linear(
@@ -175,13 +186,25 @@ def linear(
 
 
 def _way(product: Product) -> Callable[[Product], Tensor]:
-    if not product.codes.numel() or product.codes.shape[1] % _ALIGNED:
+    (tokens, size), out = product.codes.shape, len(product.ternary)
+    if not tokens * size * out or size % _ALIGNED:
         return _in_two
-    if product.codes.device.type == "cuda" and product.kind not in _FASTEST:
-        from triton.testing import do_bench
+    if tokens < _SMALLEST or out % 8 or product.codes.device.type != "cuda":
+        return _in_one
+    if product.kind not in _FASTEST:
+        _FASTEST[product.kind] = min((_in_one, _in_two), key=lambda way: _milliseconds(way, product))
+    return _FASTEST[product.kind]
 
-        _FASTEST[product.kind] = min((_in_one, _in_two), key=lambda way: do_bench(lambda: way(product)))
-    return _FASTEST.get(product.kind, _in_one)
+
+def _milliseconds(way: Callable[[Product], Tensor], product: Product) -> float:
+    """How long it takes; for ever where it fails, for want of memory or because a library knows no such shape."""
+    from triton.runtime.errors import TritonError
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(lambda: way(product)))
+    except (RuntimeError, TritonError):
+        return math.inf
 
 
 def _in_one(product: Product) -> Tensor:
@@ -207,6 +230,11 @@ def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(rows, size, dtype=dtype, device=codes.device)
     _programs().expand[(rows, -(-size // _PART))](codes.contiguous(), factor.contiguous(), y, size, _PART)
     return y
+
+
+def folds(size: int) -> bool:
+    """Whether `absolute_sums` is for rows of this size: a power of two times a small number."""
+    return 0 < size <= _MOST_FOLDED * (size & -size)
 
 
 def absolute_sums(rows: Tensor) -> Tensor:

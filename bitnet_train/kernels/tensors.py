@@ -28,5 +28,6 @@ def rows_of_heads(x: Tensor) -> Tensor:
     """
     rows = x.transpose(1, 2)
     batch, token, head, feature = rows.stride()
-    regular = (head, feature) == (rows.shape[3], 1) and batch == rows.shape[1] * token
-    return rows if regular else rows.contiguous()
+    regular = (head, feature) == (rows.shape[3], 1) and (len(rows) == 1 or batch == rows.shape[1] * token)
+    # Not contiguous(), which returns a tensor with an axis of one as it is, whatever that axis' stride.
+    return rows if regular else rows.clone(memory_format=torch.contiguous_format)

@@ -82,6 +82,7 @@ def norm_backward(
     size,
     height,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`height` rows: the gradient of RMSNorm(source(x)) to x, and the sum of theirs to the gain, a row of partial."""
@@ -91,7 +92,7 @@ def norm_backward(
     width = size if ACTIVATION is None else 2 * size
     gain = tl.load(weight + i, inside, other=0.0)
     sums = tl.zeros([BLOCK], tl.float32)
-    for k in tl.range(0, height, num_stages=2):  # the next row is read meanwhile
+    for k in tl.range(0, height, num_stages=STAGES):  # with 2 the next row is read meanwhile
         t = block.to(tl.int64) * height + k
         here = inside & (t < rows)
         r = tl.load(rms + t, t < rows, other=0.0)

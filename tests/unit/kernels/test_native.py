@@ -103,11 +103,12 @@ def test_scales_of_both_directions(in_torch: pytest.MonkeyPatch, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("laid_out", [True, False])
-def test_rotation(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, batches: int, laid_out: bool) -> None:
+@pytest.mark.parametrize("seq", [7, 1])
+def test_rotation(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, batches: int, laid_out: bool, seq: int) -> None:
     """Of heads in the middle of a projection's row, as they are met, and of heads one after the other."""
-    projected = torch.randn(2, 7, 80).to(dtype).requires_grad_()
-    by = rotation(torch.randint(50, (batches, 7)), head_dim=12, theta=1e4)
-    grad = torch.randn(2, 3, 7, 12).to(dtype)
+    projected = torch.randn(2, seq, 80).to(dtype).requires_grad_()
+    by = rotation(torch.randint(50, (batches, seq)), head_dim=12, theta=1e4)
+    grad = torch.randn(2, 3, seq, 12).to(dtype)
 
     def run() -> tuple[Tensor, ...]:
         x = projected[..., 10:46].unflatten(-1, (3, 12)).transpose(1, 2)

@@ -27,7 +27,9 @@ from bitnet_train.model.rope import rotate, rotation
 from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
 from tests.support import ROOT, TINY
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not gpu._compiles(), reason="no triton, C compiler or Python headers"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 5), (7, 123), (40, 128))  # tokens, features

@@ -84,7 +84,7 @@ def compiled(launch: Launch) -> dict[str, Any]:
     ]
     source = ASTSource(program, signature, constants, {(at,): [["tt.divisibility", 16]] for at in aligned})
     target = GPUTarget("cuda", ARCHITECTURE, 32)
-    made = compile(source, target=target, options={**options, "enable_fp_fusion": False})
+    made = compile(source, target=target, options={**options, **gpu.ROUNDING})
     return {
         "name": name,
         **constants,

@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from bitnet_train.kernels.tensors import ordinary, rows_of_heads
 logger = logging.getLogger(__name__)
 
 DEVICE = "cuda"
+ROUNDING = {"enable_fp_fusion": False}  # of every program: a * b + c is two roundings, as in quant.py
 LARGEST_ROW = 1 << 14  # features that a program holds at once
 ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocessor, whatever the device
 _PART = 1024  # of a row or an array, of a program that needs no whole rows
@@ -78,6 +80,10 @@ def _programs() -> ModuleType:
     return triton_kernels
 
 
+def _launch(program: str, grid: Any, *arguments: Any, **options: int) -> None:
+    getattr(_programs(), program)[grid](*arguments, **ROUNDING, **options)
+
+
 def _power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
@@ -99,9 +105,8 @@ def quantize(x: Tensor, weight: Tensor | None, eps: float, activation: str | Non
     codes = torch.empty(tokens, size, dtype=torch.int8, device=x.device)
     scale, rms = torch.empty(2, tokens, 1, dtype=torch.float32, device=x.device).unbind()
     block, weight = _power_of_two(size), _vector(weight, size)
-    _programs().quantize[(tokens,)](
-        x, weight, codes, scale, rms, size, eps, activation, block, num_warps=_warps(block), enable_fp_fusion=False
-    )
+    arguments = (x, weight, codes, scale, rms, size, eps, activation, block)
+    _launch("quantize", (tokens,), *arguments, num_warps=_warps(block))
     return codes, scale, rms
 
 
@@ -114,23 +119,15 @@ def norm_backward(
     blocks = max(1, min(ROW_BLOCKS, tokens))
     grad_x, partial = torch.empty_like(x), torch.empty(blocks, size, dtype=torch.float32, device=x.device)
     height, block = -(-tokens // blocks), _power_of_two(size)
-    _programs().norm_backward[(blocks,)](
-        grad,
-        x,
-        _vector(weight, size),
-        rms,
-        grad_x,
-        partial,
-        tokens,
-        size,
-        height,
-        activation,
-        _stages(block, x, grad),
-        block,
-        num_warps=_warps(block),
-        enable_fp_fusion=False,
-    )
+    arguments = (grad, x, _vector(weight, size), rms, grad_x, partial, tokens, size, height, activation)
+    _launch("norm_backward", (blocks,), *arguments, _stages(block, x, grad), block, num_warps=_warps(block))
     return grad_x, partial.sum(dim=0)
+
+
+def _stages(block: int, x: Tensor, grad: Tensor) -> int:
+    """2 where two rows of x and of the gradient fit the shared memory of every device, rounded up to `block`."""
+    row = block * (x.shape[1] // grad.shape[1] * x.element_size() + grad.element_size())
+    return 2 if row <= _STAGED else 1
 
 
 class Product(NamedTuple):
@@ -150,12 +147,6 @@ class Product(NamedTuple):
         (tokens, size), others = self.codes.shape, (self.bias, self.residual)
         dtypes = (None if other is None else other.dtype for other in others)
         return size, len(self.ternary), tokens.bit_length(), self.dtype, *dtypes, self.codes.device
-
-
-def _stages(block: int, x: Tensor, grad: Tensor) -> int:
-    """2 where two rows of x and of the gradient fit the shared memory of every device, rounded up to `block`."""
-    row = block * (x.shape[1] // grad.shape[1] * x.element_size() + grad.element_size())
-    return 2 if row <= _STAGED else 1
 
 
 def linear(
@@ -210,17 +201,20 @@ def _milliseconds(way: Callable[[Product], Tensor], product: Product) -> float:
 def _in_one(product: Product) -> Tensor:
     (tokens, size), out = product.codes.shape, len(product.ternary)
     y = torch.empty(tokens, out, dtype=product.dtype, device=product.codes.device)
-    _programs().linear[lambda tile: (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)](
-        *product[:-1], y, tokens, out, size, tokens.bit_length(), size % _MOST_FEATURES == 0, enable_fp_fusion=False
-    )
+    counts = (tokens, out, size, tokens.bit_length(), size % _MOST_FEATURES == 0)
+    _launch("linear", partial(_tiles, tokens, out), *product[:-1], y, *counts)
     return y
+
+
+def _tiles(tokens: int, out: int, tile: Mapping[str, int]) -> tuple[int]:
+    return (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)
 
 
 def _in_two(product: Product) -> Tensor:
     sums = integer_matmul(product.codes, product.ternary)
     y = torch.empty(sums.shape, dtype=product.dtype, device=sums.device)
-    (tokens, out), rest = sums.shape, product[2:-1]
-    _programs().dequantize[(tokens, -(-out // _PART))](sums, *rest, y, out, _PART, enable_fp_fusion=False)
+    tokens, out = sums.shape
+    _launch("dequantize", (tokens, -(-out // _PART)), sums, *product[2:-1], y, out, _PART)
     return y
 
 
@@ -228,7 +222,7 @@ def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * factor in `dtype`: int8 `(rows, size)` and float32 `(rows,)` or `(rows, 1)` to `(rows, size)`."""
     rows, size = codes.shape
     y = torch.empty(rows, size, dtype=dtype, device=codes.device)
-    _programs().expand[(rows, -(-size // _PART))](codes.contiguous(), factor.contiguous(), y, size, _PART)
+    _launch("expand", (rows, -(-size // _PART)), codes.contiguous(), factor.contiguous(), y, size, _PART)
     return y
 
 
@@ -243,9 +237,8 @@ def absolute_sums(rows: Tensor) -> Tensor:
     sums = torch.empty(count, dtype=torch.float64, device=rows.device)
     halvings = (size & -size).bit_length() - 1
     block = _power_of_two(size >> halvings)
-    _programs().absolute_sums[(count,)](
-        rows.contiguous(), sums, size, size >> halvings, halvings, block, num_warps=_warps(2 * block << halvings)
-    )
+    arguments = (rows.contiguous(), sums, size, size >> halvings, halvings, block)
+    _launch("absolute_sums", (count,), *arguments, num_warps=_warps(2 * block << halvings))
     return sums
 
 
@@ -253,7 +246,7 @@ def ternary_codes(weight: Tensor, half: Tensor) -> Tensor:
     """-1, 0 or 1 as int8: the comparison of weights with -half and half, float32, shape ()."""
     weight = weight.contiguous()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    _programs().ternary_codes[(-(-weight.numel() // _PART),)](weight, half, codes, weight.numel(), _PART)
+    _launch("ternary_codes", (-(-weight.numel() // _PART),), weight, half, codes, weight.numel(), _PART)
     return codes
 
 
@@ -264,9 +257,8 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, vocab = logits.shape
     logps, lse = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind()
-    _programs().log_likelihood[(rows,)](
-        logits.contiguous(), labels.contiguous(), logps, lse, vocab, _VOCABULARY_PART, num_warps=8
-    )
+    arguments = (logits.contiguous(), labels.contiguous(), logps, lse, vocab, _VOCABULARY_PART)
+    _launch("log_likelihood", (rows,), *arguments, num_warps=8)
     return logps, lse
 
 
@@ -279,9 +271,8 @@ def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: 
     if not logits.is_contiguous():
         raise ValueError(f"logits are worked on in place and must be contiguous, got strides {logits.stride()}")
     rows, vocab = logits.shape
-    _programs().likelihood_gradient[(rows, -(-vocab // _VOCABULARY_PART))](
-        logits, labels.contiguous(), lse, p_factor, label_factor, vocab, _VOCABULARY_PART, num_warps=8
-    )
+    arguments = (logits, labels.contiguous(), lse, p_factor, label_factor, vocab, _VOCABULARY_PART)
+    _launch("likelihood_gradient", (rows, -(-vocab // _VOCABULARY_PART)), *arguments, num_warps=8)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -299,18 +290,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     batch, heads, seq, dim = x.shape
     tokens = rows_of_heads(x)
     y = torch.empty(batch, seq, heads, dim, dtype=x.dtype, device=x.device)
-    _programs().rotate[(batch * seq,)](
-        tokens,
-        cos.contiguous(),
-        sin.contiguous(),
-        y,
-        tokens.stride(1),
-        heads,
-        dim // 2,
-        cos.shape[0] * seq,
-        sign,
-        _power_of_two(heads),
-        _power_of_two(dim // 2),
-        enable_fp_fusion=False,
-    )
+    counts = (tokens.stride(1), heads, dim // 2, len(cos) * seq)
+    blocks = (_power_of_two(heads), _power_of_two(dim // 2))
+    _launch("rotate", (batch * seq,), tokens, cos.contiguous(), sin.contiguous(), y, *counts, sign, *blocks)
     return y.transpose(1, 2)

@@ -2,9 +2,9 @@
 
 Arrays are row-major and contiguous; x, y, w, grad and logits are float32 or bfloat16, sums run in float32. BLOCK is a
 power of two. A program owns whole rows, or whole tiles of the result, so that no result depends on how the device
-spreads them. Rounding is that of quant.py: launched with `enable_fp_fusion=False`, since a * b + c in one rounding
-moves codes, and with div_rn and sqrt_rn where `/`, an approximation, would. Rows are counted in int64: a matrix may
-have more than 2^31 elements.
+spreads them. Rounding is that of quant.py: launched with `gpu.ROUNDING`, since a * b + c in one rounding moves codes,
+and with div_rn and sqrt_rn where `/`, an approximation, would. Rows are counted in int64: a matrix may have more than
+2^31 elements.
 """
 
 import triton
@@ -63,7 +63,7 @@ def quantize(x, weight, codes, scale, rms, size, eps, ACTIVATION: tl.constexpr, 
     # The bits of |v| order like |v| itself, with inf and NaN on top.
     largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     absmax = largest.to(tl.float32, bitcast=True)
-    s = 127.0 * tl.div_rn(1.0, tl.where(absmax < 1e-5, 1e-5, absmax))
+    s = 127.0 * tl.div_rn(1.0, tl.where(absmax < 1e-5, 1e-5, absmax))  # quant.INT8_MAX, quant.ACTIVATION_EPS
     tl.store(scale + t, s)
     shift = 12582912.0  # 1.5 * 2^23: its unit in the last place is 1, so that adding it rounds half to even
     rounded = tl.where(largest < 0x7F800000, (v * s + shift) - shift, 0.0)

@@ -23,8 +23,8 @@ from bitnet_train.kernels import gpu, native
 from bitnet_train.losses import tokens
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.rope import rotate, rotation
-from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
+from bitnet_train.quant import absmean, row_sums, ternary_codes
+from tests.passes import assert_codes_are_those_of_quant, rotations
 from tests.support import ROOT, TINY
 
 pytestmark = pytest.mark.skipif(
@@ -92,13 +92,7 @@ def gradients_of_norm(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), [*SHAPES, (3, 4097)])
 def test_quantisation_without_norm_is_that_of_quant(dtype: torch.dtype, count: int, size: int) -> None:
-    x = torch.randn(count, size).to(dtype)
-    x[0] = 0
-    x[-1, 0] = 0.5
-    codes, scale, _ = fused.quantize(x, None, None)
-    expected = quantize_activation(x)
-    assert torch.equal(codes, expected.codes)
-    assert torch.equal(scale, expected.scale)
+    assert_codes_are_those_of_quant(dtype, count, size)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
@@ -197,17 +191,7 @@ def test_a_label_outside_of_the_head_has_no_likelihood() -> None:
 @pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("seq", [7, 1])
 def test_rotation(dtype: torch.dtype, batches: int, laid_out: bool, seq: int) -> None:
-    """Of heads in the middle of a projection's row, as they are met, and of heads one after the other."""
-    projected = torch.randn(2, seq, 80).to(dtype).requires_grad_()
-    by = rotation(torch.randint(50, (batches, seq)), head_dim=12, theta=1e4)
-    grad = torch.randn(2, 3, seq, 12).to(dtype)
-
-    def run() -> tuple[Tensor, ...]:
-        x = projected[..., 10:46].unflatten(-1, (3, 12)).transpose(1, 2)
-        y = rotate(x if laid_out else x.contiguous(), by)
-        return y, *torch.autograd.grad(y, [projected], grad)
-
-    got, want = both(run)
+    got, want = both(rotations(dtype, seq, batches, laid_out))
     assert_close(got, want, tolerance(dtype))
     if dtype == torch.float32:
         assert torch.equal(got[0], want[0])

@@ -17,8 +17,8 @@ from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
 from bitnet_train.losses import tokens
-from bitnet_train.model.rope import rotate, rotation
-from bitnet_train.quant import absmean, quantize_activation, row_sums, ternary_codes
+from bitnet_train.quant import absmean, row_sums, ternary_codes
+from tests.passes import assert_codes_are_those_of_quant, rotations
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 5), (7, 123), (64, 128), (200, 509))  # tokens, features: odd, prime, a whole tile, several
@@ -73,13 +73,7 @@ def test_norm_and_quantisation(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), SHAPES)
 def test_quantisation_without_norm_is_that_of_quant(dtype: torch.dtype, count: int, size: int) -> None:
-    x = torch.randn(count, size).to(dtype)
-    x[0] = 0
-    x[-1, 0] = 0.5
-    codes, scale, _ = fused.quantize(x, None, None)
-    expected = quantize_activation(x)
-    assert torch.equal(codes, expected.codes)
-    assert torch.equal(scale, expected.scale)
+    assert_codes_are_those_of_quant(dtype, count, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,17 +99,7 @@ def test_scales_of_both_directions(in_torch: pytest.MonkeyPatch, dtype: torch.dt
 @pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("seq", [7, 1])
 def test_rotation(in_torch: pytest.MonkeyPatch, dtype: torch.dtype, batches: int, laid_out: bool, seq: int) -> None:
-    """Of heads in the middle of a projection's row, as they are met, and of heads one after the other."""
-    projected = torch.randn(2, seq, 80).to(dtype).requires_grad_()
-    by = rotation(torch.randint(50, (batches, seq)), head_dim=12, theta=1e4)
-    grad = torch.randn(2, 3, seq, 12).to(dtype)
-
-    def run() -> tuple[Tensor, ...]:
-        x = projected[..., 10:46].unflatten(-1, (3, 12)).transpose(1, 2)
-        y = rotate(x if laid_out else x.contiguous(), by)
-        return y, *torch.autograd.grad(y, [projected], grad)
-
-    compiled, eager = both(in_torch, run)
+    compiled, eager = both(in_torch, rotations(dtype, seq, batches, laid_out))
     assert torch.equal(compiled[0], eager[0])
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # torch rounds both terms of the gradient to bfloat16
     torch.testing.assert_close(compiled[1], eager[1], rtol=tolerance, atol=tolerance)

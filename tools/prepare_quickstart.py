@@ -36,7 +36,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from bitnet_train.data.chat import encode_chat
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.formats.atomic import atomic_folder

@@ -7,8 +7,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from bitnet_train.data.conversation import messages_of, text_of
 from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import Row, messages_of, read_rows, text_of
+from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import run_command
 

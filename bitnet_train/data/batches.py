@@ -47,6 +47,17 @@ def labels_of(row: TokenRow) -> np.ndarray:
     return np.where(follows, row.ids[1:], IGNORE_INDEX)
 
 
+def label_bytes(batch: TokenBatch, lengths: Tensor, bos_id: int | None) -> Tensor:
+    """Bytes of text that the labels of a batch stand for, shape ().
+
+    Args:
+        lengths: int64 `(2, vocab)`: `Tokenizer.byte_lengths`, and `first_byte_lengths` for the label that follows BOS.
+    """
+    trained = batch.labels != IGNORE_INDEX
+    first = batch.input_ids == bos_id if bos_id is not None else torch.zeros_like(trained)
+    return lengths[first[trained].long(), batch.labels[trained]].sum()
+
+
 def positions_of(documents: np.ndarray) -> np.ndarray:
     """0, 1, 2, ... within each run of equal document numbers."""
     index = np.arange(len(documents))

@@ -23,9 +23,11 @@ from bitnet_train.data import workers
 from bitnet_train.data.digests import file_digest, fingerprint_of
 from bitnet_train.data.encoding import Encoder
 from bitnet_train.data.hub import hub_revision, is_hub_id
+from bitnet_train.data.paths import CACHE_TAG, expand, size_of
 from bitnet_train.data.progress import BuildProgress
 from bitnet_train.data.readers import format_of
-from bitnet_train.data.sources import Row, expand, scan_rows
+from bitnet_train.data.saved import files_of
+from bitnet_train.data.sources import Row, scan_rows
 from bitnet_train.data.store import Counts, StoreWriter, TokenStore, is_intact
 from bitnet_train.errors import UserError
 
@@ -33,7 +35,10 @@ BAD_ROWS = ("error", "skip")
 _COMMIT_TOKENS = 1 << 24  # tokens between commits: what a kill can cost, some ten seconds of work
 _WORTH_WORKERS = 1 << 22  # bytes of sources from which processes of their own pay
 # modules that decide about ids
-_CODE = ("readers", "hub", "sources", "preference", "chat", "tokenizer", "encoding", "store")
+_CODE = (
+    *("readers", "tables", "saved", "hub", "sources", "conversation", "preference"),
+    *("template", "pieces", "chat", "tokenizer", "encoding", "store"),
+)
 
 
 def tokenized(
@@ -83,8 +88,11 @@ def _content(file: str, memory: Path) -> str:
     """What a source holds, in one string."""
     if is_hub_id(file):
         return f"{file} {hub_revision(file)}"
+    path = Path(file)
     try:
-        return f"{format_of(file)} {file_digest(Path(file), memory)}"
+        if path.is_dir():
+            return fingerprint_of([file_digest(part, memory) for part in files_of(path)])
+        return f"{format_of(file)} {file_digest(path, memory)}"
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
 
@@ -103,6 +111,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Only one process builds what is going to be at the path; the operating system frees the lock of one that dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _tag(folder.parents[1])
         file = folder.with_name(f"{folder.name}.lock").open("w")
     except OSError as error:
         raise UserError(
@@ -117,6 +126,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _tag(cache_dir: Path) -> None:
+    """Says to backups, and to `paths`, that everything here can be made again."""
+    tag = cache_dir / CACHE_TAG
+    if not tag.exists():
+        tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
+
+
 def processes_for(files: Sequence[str]) -> int:
     """One per core if the files are large enough."""
     return workers.available_cores() if _bytes(files) >= _WORTH_WORKERS else 1
@@ -124,7 +140,8 @@ def processes_for(files: Sequence[str]) -> int:
 
 def _bytes(files: Sequence[str]) -> int:
     """The size of the files; of the hub nothing is known, so much is expected."""
-    return sum(_WORTH_WORKERS if is_hub_id(file) else Path(file).stat().st_size for file in files)
+    sizes = (size_of(file) for file in files)
+    return sum(_WORTH_WORKERS if size is None else size for size in sizes)
 
 
 def _build(files: Sequence[str], encoder: Encoder, writer: StoreWriter, processes: int, bad_rows: str) -> None:
@@ -149,8 +166,10 @@ def refuse(counts: Counts, rule: str) -> None:
 
 
 def report(paths: Sequence[str], counts: Counts, bad_rows: str) -> None:
-    """One line if rows were left out; an error if they may not be. A store may have been built under the other rule."""
+    """A line if fields or rows were left out, an error if rows may not be: a store knows no rule of its own."""
     refuse(counts, bad_rows)
+    if counts.unread:
+        _say(f"{', '.join(paths)}: columns not read: {', '.join(counts.unread)}")
     if counts.bad:
         first = "; ".join(counts.bad_first)
         _say(f"{', '.join(paths)}: {counts.bad} of {counts.rows} rows are bad and were skipped: {first}")

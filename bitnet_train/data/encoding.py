@@ -1,6 +1,6 @@
 """Rows to sequences of tokens, one encoder per kind of data: what a token cache is built with.
 
-    text          BOS, document, EOS                       every token trained
+    text          BOS if there is one, document, EOS       every token trained
     chat          the conversation, rendered and encoded   what the assistant says is trained
     preference    prompt + chosen, then prompt + rejected  the completions are trained
 
@@ -8,15 +8,16 @@ A row that is wrong gives its error, in its place among the results.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from bitnet_train.data.chat import encode_chat, encode_pair
-from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import Row, located, messages_of, text_of, tools_of
+from bitnet_train.data.conversation import messages_of, text_of, tools_of, unread_of_conversation
+from bitnet_train.data.preference import pair_of, unread_of_pair
+from bitnet_train.data.sources import Row, located
 from bitnet_train.data.store import sequence
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
@@ -37,6 +38,10 @@ class Encoder(ABC):
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """The sequences of every row, uint32 as `store.sequence` makes them, or what is wrong with the row."""
 
+    @abstractmethod
+    def unread(self, row: Row) -> Iterable[str]:
+        """The names of the fields of a row, encoded before without an error, that nothing was made of."""
+
 
 @dataclass(frozen=True)
 class TextEncoder(Encoder):
@@ -48,6 +53,10 @@ class TextEncoder(Encoder):
         ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [self._document(next(ids)) if isinstance(text, str) else text for text in texts]
 
+    def unread(self, row: Row) -> Iterable[str]:
+        """See `Encoder.unread`."""
+        return row.fields.keys() - {"text"}
+
     @staticmethod
     def _text(row: Row) -> str | UserError:
         try:
@@ -56,7 +65,7 @@ class TextEncoder(Encoder):
             return error
 
     def _document(self, ids: list[int]) -> list[np.ndarray]:
-        return [sequence([self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id], True)] if ids else []
+        return [sequence([*self.tokenizer.begun(ids), self.tokenizer.eos_token_id], True)] if ids else []
 
 
 class _RowByRow(Encoder):
@@ -88,6 +97,10 @@ class ChatEncoder(_RowByRow):
             ids, trained = encode_chat(messages, self.tokenizer, self.train_on, tools)
         return [sequence(ids, trained)]
 
+    def unread(self, row: Row) -> Iterable[str]:
+        """See `Encoder.unread`."""
+        return unread_of_conversation(row.fields)
+
 
 @dataclass(frozen=True)
 class PairEncoder(_RowByRow):
@@ -99,6 +112,10 @@ class PairEncoder(_RowByRow):
         with located(row):
             prompt, *completions = encode_pair(pair, self.tokenizer, tools)
         return [_completed(prompt, completion) for completion in completions]
+
+    def unread(self, row: Row) -> Iterable[str]:
+        """See `Encoder.unread`."""
+        return unread_of_pair(row.fields)
 
 
 def _completed(prompt: list[int], completion: list[int]) -> np.ndarray:

@@ -35,13 +35,13 @@ def row_text(row: TokenBatch, length: int, tokenizer: Tokenizer) -> Text:
     """The tokens of one row: fields of shape `(seq,)`, of which the first `length` positions are no padding."""
     ids, labels, documents = (field[:length].tolist() for field in (row.input_ids, row.labels, row.document_ids))
     text = Text()
-    for position, id in enumerate(ids):
+    if ids and labels[-1] != IGNORE_INDEX:  # the last label is no input of this row
+        ids, documents = [*ids, labels[-1]], [*documents, documents[-1]]
+    for position, spelled in enumerate(tokenizer.spelled(ids)):
         if position and documents[position] != documents[position - 1]:
             text.append("\n")
         is_trained = position > 0 and labels[position - 1] != IGNORE_INDEX
-        text.append(tokenizer.decode([id]), style=(TRAINED if is_trained else CONTEXT)[position % 2])
-    if ids and labels[-1] != IGNORE_INDEX:  # the last label is no input of this row
-        text.append(tokenizer.decode([labels[-1]]), style=TRAINED[length % 2])
+        text.append(spelled, style=(TRAINED if is_trained else CONTEXT)[position % 2])
     return text
 
 

@@ -3,20 +3,40 @@
     explicit    {"prompt", "chosen", "rejected"}      chosen and rejected may repeat the prompt
     implicit    {"chosen", "rejected"}                the prompt is what both begin with
 
-Each is a string, a message or a list of messages; the prompt may also be called "conversations" (ShareGPT). Strings in
-the form of Anthropic's transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
+Each is a string, a message or a list of messages. The prompt may have other names: "conversations" (ShareGPT),
+"question" or "query", "instruction" with "input" and "history" (Alpaca), "messages" (axolotl). Strings in the form of
+Anthropic's transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bitnet_train.data.conversation import (
+    Message,
+    as_message,
+    as_messages,
+    check_fields,
+    check_order,
+    instruction_of,
+    names_of,
+    unread,
+    with_system,
+)
 from bitnet_train.data.readers import Fields
-from bitnet_train.data.sources import Message, Row, as_message, as_messages, check_order, located, with_system
+from bitnet_train.data.sources import Row, located
 from bitnet_train.errors import UserError
 
+_PROMPTS = {  # the names of a prompt, the first that a row has, and what is read with it
+    **{name: (name,) for name in ("prompt", "conversations", "question", "query")},
+    "instruction": ("instruction", "input", "history"),
+    "input": ("input",),
+    "messages": ("messages",),
+}
+_ANSWERS = ("chosen", "rejected")
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+_WORDS = 3  # a column with so many may be the prompt of answers that stand without one
 
 
 @dataclass(frozen=True)
@@ -36,23 +56,36 @@ def pair_of(row: Row) -> Pair:
             prompt does not end with a message of user or tool; NUL bytes or lone surrogates.
     """
     with located(row):
-        for field in ("chosen", "rejected"):
-            if row.fields.get(field) is None:
-                raise UserError(f"no field {field!r}; the row has {', '.join(row.fields) or 'no fields'}")
-        given = (name for name in ("prompt", "conversations") if row.fields.get(name) is not None)
-        name = next(given, None)
-        return _checked(_implicit(row.fields) if name is None else _explicit(row.fields, name))
+        fields = row.fields
+        check_fields(fields)
+        for field in _ANSWERS:
+            if fields.get(field) is None:
+                raise UserError(f"no field {field!r}; the row has {names_of(fields)}")
+        name = _prompt_name(fields)
+        return _checked(_implicit(fields) if name is None else _explicit(fields, name))
+
+
+def unread_of_pair(fields: Fields) -> Iterator[str]:
+    """The names of fields that mean nothing here, of a row that `pair_of` has read."""
+    name = _prompt_name(fields)
+    prompt = () if name is None else _PROMPTS[name]
+    return unread(fields, {*_ANSWERS, *prompt, "system", "tools"}, (*_ANSWERS, *prompt))
+
+
+def _prompt_name(fields: Fields) -> str | None:
+    return next((name for name in _PROMPTS if fields.get(name) is not None), None)
 
 
 def _explicit(fields: Fields, name: str) -> Pair:
-    prompt = with_system(fields, _messages("user", fields[name], name))
+    asked = instruction_of(fields) if name == "instruction" else _messages("user", fields[name], name)
+    prompt = with_system(fields, asked)
     chosen, rejected = (_messages("assistant", fields[field], field) for field in ("chosen", "rejected"))
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return Pair(prompt, chosen, rejected)
     whole = _split_messages(with_system(fields, chosen), with_system(fields, rejected))
     if whole.prompt[-len(prompt) :] != prompt:
         raise UserError(
-            "chosen and rejected repeat another prompt than the field prompt; make them agree or drop the row"
+            f"chosen and rejected repeat another prompt than the field {name}; make them agree or drop the row"
         )
     return whole
 
@@ -81,6 +114,13 @@ def _split_messages(chosen: list[Message], rejected: list[Message]) -> Pair:
 
 def _split_strings(fields: Fields, chosen: str, rejected: str) -> Pair:
     """The prompt is the shared beginning, back to its last white space."""
+    for name in unread_of_pair(fields):
+        value = fields.get(name)
+        if isinstance(value, str) and len(value.split()) >= _WORDS:
+            raise UserError(
+                f"chosen and rejected stand without a prompt, and {name} may be it; call that field prompt (or drop "
+                "it, if the prompt is what both answers begin with)"
+            )
     words = chosen[: _shared(chosen, rejected)]
     shared = len(words) - len(re.split(r"\s", words)[-1])
     prompt = as_message("user", chosen[:shared], "the prompt, what chosen and rejected both begin with,")
@@ -110,4 +150,5 @@ def _checked(pair: Pair) -> Pair:
 
 
 def _said(answer: Sequence[Message]) -> list[object]:
-    return [(message["content"].strip(), message.get("tool_calls")) for message in answer]
+    names = ("tool_calls", "reasoning_content")
+    return [(message["content"].strip(), *map(message.get, names)) for message in answer]

@@ -3,11 +3,12 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bitnet_train.data.paths import size_of
 
 _QUIET_SECONDS, _LINE_SECONDS = 1.0, 30.0
 
@@ -20,7 +21,7 @@ class BuildProgress:
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        sizes = [Path(file).stat().st_size if Path(file).is_file() else None for file in files]
+        sizes = [size_of(file) for file in files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         self._read, self._first_tokens = 0, -1
         self._started = self._shown = time.monotonic()

@@ -23,15 +23,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
+from bitnet_train.data.tables import Convert, converters
 from bitnet_train.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow
     from _typeshed import WriteableBuffer as Buffer
 
 Fields = dict[str, object]
-Numbered = Iterator[tuple[int, Fields | UserError]]  # what is wrong with a row stands in its place
 
 
 class Place(NamedTuple):
@@ -42,18 +43,14 @@ class Place(NamedTuple):
 
 
 START = Place()
-Placed = Iterator[tuple[Place, Fields | UserError]]  # each row with the place behind it
+# Each row with the place behind it; numbers count lines or rows from 1. What is wrong with a row stands in its place.
+Placed = Iterator[tuple[Place, Fields | UserError]]
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
-_ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
+ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 _ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
 _SKIPPED_AT_ONCE = 1 << 20  # bytes
-
-
-def read_file(file: str, on_read: Callable[[int], object] = int) -> Numbered:
-    """Streams (number, fields) of all of a file, as `read_from` does; numbers count lines or rows from 1."""
-    return ((place.number, content) for place, content in read_from(file, START, on_read))
 
 
 def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -> Placed:
@@ -179,8 +176,8 @@ def _read_parquet(stream: io.BufferedIOBase, start: Place) -> Placed:
         ends = list(accumulate((file.metadata.row_group(group).num_rows for group in groups), initial=0))
         group = bisect_right(ends, start.number) - 1
         if group < len(groups):
-            batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups[group:])
-            yield from _table_rows(batches, ends[group], start.number)
+            batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups[group:])
+            yield from rows_of(batches, ends[group], start.number)
 
 
 def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
@@ -192,23 +189,24 @@ def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
         seekable.seek(0)
         reader = ipc.open_file(seekable) if is_file else ipc.open_stream(seekable)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield from _table_rows(batches, 0, start.number)
+        yield from rows_of(batches, 0, start.number)
 
 
-class _RecordBatch(Protocol):
-    def slice(self, offset: int, length: int) -> "_RecordBatch": ...
-    def to_pylist(self) -> list[Fields]: ...
-    @property
-    def num_rows(self) -> int: ...
-
-
-def _table_rows(batches: Iterable[_RecordBatch], number: int, start: int) -> Placed:
+def rows_of(batches: Iterable["pyarrow.RecordBatch"], number: int, start: int) -> Placed:
     """The rows from number `start` on, counted from 0; the first batch begins with row `number`."""
     for batch in batches:
+        changes = converters(batch.schema)
         for first in range(max(start - number, 0), batch.num_rows, _ROWS_AS_OBJECTS):
             rows = batch.slice(first, _ROWS_AS_OBJECTS).to_pylist()
-            yield from ((Place(0, number + first + i), fields) for i, fields in enumerate(rows, start=1))
+            yield from ((Place(0, number + first + i), _converted(row, changes)) for i, row in enumerate(rows, start=1))
         number += batch.num_rows
+
+
+def _converted(row: Fields, changes: Mapping[str, Convert]) -> Fields | UserError:
+    try:
+        return row | {name: change(row[name]) for name, change in changes.items()}
+    except UserError as error:
+        return error
 
 
 @contextmanager

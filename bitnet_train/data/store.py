@@ -34,16 +34,25 @@ BAD_ROWS_NAMED = 3
 
 @dataclass(frozen=True)
 class Counts:
-    """What sequences were made of: rows read, tokens kept, bad rows left out and the messages of the first few."""
+    """What sequences were made of.
+
+    Attributes:
+        rows: that were read.
+        tokens: that are kept.
+        bad, bad_first: rows that were left out, and the messages of the first few.
+        unread: names of fields that nothing was made of, sorted.
+    """
 
     rows: int = 0
     tokens: int = 0
     bad: int = 0
     bad_first: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __add__(self, other: "Counts") -> "Counts":
         first = (self.bad_first + other.bad_first)[:BAD_ROWS_NAMED]
-        return Counts(self.rows + other.rows, self.tokens + other.tokens, self.bad + other.bad, first)
+        unread = tuple(sorted({*self.unread, *other.unread}))
+        return Counts(self.rows + other.rows, self.tokens + other.tokens, self.bad + other.bad, first, unread)
 
 
 def sequence(ids: Sequence[int], trained: Sequence[bool] | bool) -> np.ndarray:

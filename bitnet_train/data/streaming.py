@@ -24,7 +24,8 @@ from bitnet_train.data.digests import array_digest, fingerprint_of
 from bitnet_train.data.encoding import Encoder
 from bitnet_train.data.mixture import Span, joined
 from bitnet_train.data.packing import StreamRows
-from bitnet_train.data.sources import BadRow, Row, expand, read_blocks
+from bitnet_train.data.paths import expand
+from bitnet_train.data.sources import BadRow, Row, read_blocks
 from bitnet_train.data.store import Counts
 from bitnet_train.data.workers import encoded_rows
 from bitnet_train.errors import UserError

@@ -1,11 +1,16 @@
-"""Text to token ids and back: byte-level BPE (LLaMA-3's, or one trained here), in the files that transformers reads.
+"""Text to token ids and back, in the files that transformers reads, for tokenizers of every family.
 
     tokenizer.json           vocabulary, merges, split rule, special tokens
     tokenizer_config.json    which of them are BOS, EOS and padding, and the chat template
 
-Text is data: `<|eot_id|>` typed in a document stays the characters that it is, and only callers who ask for it
-(`parse_special`) turn the names of special tokens into control tokens. Nothing is added either: BOS and EOS belong to
-whoever builds the sequence.
+Text is data: `<|eot_id|>` typed in a document stays the characters that it is. Only in what a chat template wrote
+(`encode_pieces`) are the names of special tokens control tokens. Nothing is added either: BOS and EOS belong to whoever
+builds the sequence, and a tokenizer may have no BOS (Qwen2).
+
+    family           a text begins with     the bytes of a character that is no token     examples
+    byte-level BPE   nothing                tokens of bytes                               GPT-2, LLaMA-3, Qwen
+    SentencePiece    often a space          byte tokens <0xNN>, or <unk>                  Llama 2, Mistral, Gemma
+    WordPiece        nothing                <unk>; spaces are lost                        BERT
 """
 
 import hashlib
@@ -19,7 +24,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from bitnet_train.data.chat import BITNET_CHAT_TEMPLATE
+from bitnet_train.data.pieces import PieceEncoder
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, writes_as_bitnet
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_file import GGUFFile
@@ -32,7 +38,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QUOTE = "\ufdd2"  # a code point that Unicode keeps out of text; see `quote`
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 # Threads in this process, none in its forks, whose copy of the thread pool is dead; and no warning about either.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -40,46 +46,111 @@ os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLEL
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the roles of its special tokens and its chat template.
+    """A `tokenizers.Tokenizer` with the roles of its special tokens and its chat templates.
 
     Args:
         backend: vocabulary and rules; truncation and padding are switched off.
-        config: as in tokenizer_config.json. BOS and EOS are LLaMA-3's where it names none, padding is EOS, and the chat
-            template BitNet's. Other keys are kept.
+        config: as in tokenizer_config.json. Where it names none, BOS is LLaMA-3's if that is a token, else there is
+            none; EOS is LLaMA-3's, padding is EOS, and the chat template BitNet's. Other keys are kept.
+        stop_token_ids: ids that end a generation, beside EOS and the token that closes an answer.
+
+    Attributes:
+        bos_token, bos_token_id: None where a text begins with nothing.
+        chat_templates: by name; "default", and often "tool_use", which transformers takes for rows with tools.
 
     Raises:
-        UserError: BOS, EOS or padding is no token of the vocabulary.
+        UserError: BOS, EOS or padding is no token of the vocabulary; several templates and none is the default.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: Mapping[str, object] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # their names in a text are text
         self._config = dict(config or {})
-        self.bos_token = _token(self._config.get("bos_token")) or BOS
-        self.eos_token = _token(self._config.get("eos_token")) or EOS
-        self.pad_token = _token(self._config.get("pad_token")) or self.eos_token
-        self.bos_token_id = self._id_of("bos_token", self.bos_token)
-        self.eos_token_id = self._id_of("eos_token", self.eos_token)
-        self.pad_token_id = self._id_of("pad_token", self.pad_token)
+        self.bos_token = self._named("bos_token", BOS)
+        eos_token = self._named("eos_token", EOS)
+        if eos_token is None:
+            raise UserError(
+                f"tokenizer_config.json: eos_token names no token, and {EOS} is none of tokenizer.json; name the token "
+                "that ends a text"
+            )
+        self.eos_token: str = eos_token
+        self.pad_token = self._named("pad_token", None) or eos_token
+        roles = [token for token in (self.bos_token, self.eos_token, self.pad_token) if token is not None]
+        backend.add_special_tokens(roles)  # as transformers does
+        ids = {token: self._id_of(token) for token in roles}
+        self.bos_token_id: int | None = None if self.bos_token is None else ids[self.bos_token]
+        self.eos_token_id, self.pad_token_id = ids[self.eos_token], ids[self.pad_token]
         self.eot_token_id: int | None = backend.token_to_id(EOT)
-        self.chat_template = _template(self._config.get("chat_template")) or BITNET_CHAT_TEMPLATE
-        backend.add_special_tokens([self.bos_token, self.eos_token, self.pad_token])  # as transformers does
+        self._more_stop_ids = tuple(stop_token_ids)
+        self._post_processor = backend.post_processor  # kept for the file; ids are asked for without what it adds
+        backend.post_processor = None  # ByteLevel's would leave spaces out of the offsets
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: id for id, token in added.items() if token.special}
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._pieces = PieceEncoder(backend, self._special_ids)
+        self.chat_templates = self._templates()
 
-    def _id_of(self, role: str, token: str) -> int:
-        id = self._backend.token_to_id(token)
-        if id is None:
+    def _named(self, role: str, usual: str | None) -> str | None:
+        """The token of a role: by the config, which may say that there is none; else the usual one if it is a token."""
+        token = _token(self._config.get(role))
+        if token is None:
+            unsaid = usual is not None and role not in self._config
+            return usual if unsaid and self._backend.token_to_id(usual or "") is not None else None
+        if self._backend.token_to_id(token) is None:
             raise UserError(f"tokenizer_config.json: {role} {token!r} is no token of tokenizer.json; name one that is")
-        return int(id)
+        return token
+
+    def _id_of(self, token: str) -> int:
+        id = self._backend.token_to_id(token)
+        assert id is not None
+        return id
+
+    def _templates(self) -> dict[str, str]:
+        """The config's, BitNet's where it has none. A template that is BitNet's but for BOS becomes BitNet's."""
+        given = self._config.get("chat_template")
+        if isinstance(given, list):
+            named = {item.get("name"): item.get("template") for item in given if isinstance(item, Mapping)}
+            templates = {str(name): text for name, text in named.items() if isinstance(text, str)}
+            if "default" not in templates:
+                raise UserError(
+                    f"tokenizer_config.json: chat_template must have one named default, got {', '.join(templates)}; "
+                    "name the one for rows without tools"
+                )
+            return templates
+        bitnet = BITNET_CHAT_TEMPLATE
+        if self.eot_token_id is None:
+            bitnet = bitnet.replace("<|eot_id|>", "{{ eos_token }}")
+        return {"default": given if isinstance(given, str) and not writes_as_bitnet(given) else bitnet}
+
+    @property
+    def chat_template(self) -> str:
+        """The template for rows without tools."""
+        return self.chat_templates["default"]
+
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.chat_templates["default"] = template
+
+    def template_for(self, tools: object) -> str:
+        """The template that transformers takes: tool_use where there are tools and such a template."""
+        return self.chat_templates.get("tool_use" if tools else "default", self.chat_template)
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """The names of special tokens, as transformers hands them to a template."""
+        others = {role: _token(entry) for role, entry in self._config.items() if role.endswith("_token")}
+        roles = {**others, "bos_token": self.bos_token, "eos_token": self.eos_token}
+        return {role: token for role, token in roles.items() if token is not None}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja; or a GGUF file.
+        """Reads tokenizer.json and, where they exist, the files beside it that say more; or a GGUF file.
 
         Raises:
             UserError: no tokenizer.json, or a file that cannot be read.
@@ -87,48 +158,70 @@ class Tokenizer:
         folder = Path(path)
         if folder.is_file():
             stored = GGUFTokenizer(folder, GGUFFile(folder).metadata)
-            return cls(tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json)), stored.tokenizer_config)
+            backend = tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json))
+            return cls(backend, stored.tokenizer_config, stored.stop_ids)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json; name a folder that has one, as save_pretrained writes it")
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the only type that tokenizers raises
             raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
-        return cls(backend, _read_config(folder))
+        return cls(backend, _read_config(folder), _stop_ids(folder))
 
     def save(self, folder: str | Path) -> None:
         """Writes both files, so that `from_folder` and transformers' AutoTokenizer read the same tokenizer back."""
         roles = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self._config
-        config |= {**roles, "chat_template": self.chat_template}
+        config = {"clean_up_tokenization_spaces": False} | self._config
+        named = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
+        config |= {**roles, "chat_template": self.chat_template if len(named) == 1 else named}
+        # The class that takes tokenizer.json as it is: Qwen2Tokenizer and others put rules of their own in its place.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
         with atomic_file(Path(folder) / "tokenizer.json") as file:
-            file.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            file.write_text(self._to_json(pretty=True), encoding="utf-8")
         with atomic_file(Path(folder) / "tokenizer_config.json") as file:
             file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of a text, no BOS or EOS added.
+    def _to_json(self, pretty: bool = False) -> str:
+        """tokenizer.json."""
+        self._backend.post_processor = self._post_processor
+        try:
+            return str(self._backend.to_str(pretty=pretty))
+        finally:
+            self._backend.post_processor = None
 
-        Args:
-            parse_special: names of special tokens become their ids, but for those that `quote` has marked.
-        """
-        if not parse_special:
-            return self._encode_plain(text)
-        ids: list[int] = []
-        for index, part in enumerate(self._special_names.split(text)):
-            if index % 2:
-                ids.append(self._special_ids[part])
-            elif part:
-                ids += self._encode_plain(part.replace(_QUOTE, ""))
-        return ids
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text with BOS in front, where there is one."""
+        return [*([] if self.bos_token_id is None else [self.bos_token_id]), *ids]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from: BOS, or EOS, which ends the text before."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; the names of special tokens in it are text."""
+        return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the cores."""
+        if self._has_words_for_names:
+            return [self.encode_pieces([self.quote(text)])[0] for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @cached_property
+    def _has_words_for_names(self) -> bool:
+        """Whether plain text can become a special token, as in Unigram's vocabularies, where that is a word, too."""
+        names = list(self._special_ids)
+        plain = self._backend.encode_batch_fast(names, add_special_tokens=False)
+        return any(not {*encoding.ids}.isdisjoint(self._special_ids.values()) for encoding in plain)
+
     def quote(self, text: str) -> str:
-        """The text with a mark within every name of a special token, so that `parse_special` reads it as text."""
-        return self._special_names.sub(lambda name: name[0][0] + _QUOTE + name[0][1:], text)
+        """The text with marks around every name of a special token, so that `encode_pieces` reads it as text."""
+        return self._pieces.quote(text)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Ids of each of consecutive pieces of a text that a chat template wrote, see `data.pieces`."""
+        return self._pieces.encode(pieces)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of ids; incomplete UTF-8 sequences become U+FFFD."""
@@ -137,26 +230,52 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, without special tokens; the pieces joined are what `decode` returns.
 
-        A piece ends where a character does: one of several bytes may be spread over several ids.
+        A piece ends where a character does: one of several bytes may be spread over several ids. WordPiece, which moves
+        spaces when more ids follow, gives its text at the end.
         """
+        if isinstance(self._backend.decoder, decoders.WordPiece):
+            yield self.decode(list(ids), skip_special_tokens=True)
+        else:
+            yield from filter(None, self._texts(ids, skip_special_tokens=True))
+
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id within the others, special tokens included; a character stands with its last id."""
+        *texts, rest = self._texts(ids, skip_special_tokens=False)
+        return [*texts[:-1], texts[-1] + rest] if texts else []
+
+    def _texts(self, ids: Iterable[int], skip_special_tokens: bool) -> Iterator[str]:
+        """What each id adds to the text, or nothing while a character is not whole; then what is left."""
+        given: list[
+            int
+        ] = []  # the last ids whose text was given: what follows them is no beginning, and keeps its space
         pending: list[int] = []
+
+        def added() -> str:
+            before = self.decode(given, skip_special_tokens)
+            return self.decode(given + pending, skip_special_tokens)[len(before) :]
+
         for id in ids:
             pending.append(id)
-            piece = self.decode(pending, skip_special_tokens=True)
-            if piece and not piece.endswith("\ufffd"):
-                yield piece
-                pending = []
-        if pending:
-            yield self.decode(pending, skip_special_tokens=True)
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time
+            text = added()
+            if not text or text.endswith("\ufffd"):
+                yield ""
+                continue
+            yield text
+            given, pending = (pending if self.decode(pending, skip_special_tokens) else given + pending), []
+        yield added()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a generation: EOS, and the end of a turn where there is one."""
-        ends = (self.eos_token_id, self.eot_token_id)
+        """The ids that end a generation: EOS, LLaMA-3's end of a turn, and what the template writes after an answer."""
+        closing = closing_token(self.chat_template, self._pieces.special_names, **self.template_variables)
+        closing_id = None if closing is None else self._special_ids[closing]
+        ends = (self.eos_token_id, self.eot_token_id, closing_id, *self._more_stop_ids)
         return tuple(dict.fromkeys(id for id in ends if id is not None))
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The names of `stop_token_ids`."""
+        return tuple(name for id in self.stop_token_ids if (name := self._backend.id_to_token(id)) is not None)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -165,18 +284,37 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> list[int]:
-        """Bytes of text that each id stands for; 0 for special tokens and for ids that are no token."""
+        """Bytes of text that each id stands for within a text; 0 for special tokens and for ids that are no token."""
+        return self._byte_lengths(at_beginning=False)
+
+    @cached_property
+    def first_byte_lengths(self) -> list[int]:
+        """`byte_lengths` at the beginning of a text, where a token's space in front may have been added."""
+        return self._byte_lengths(at_beginning=True)
+
+    def _byte_lengths(self, at_beginning: bool) -> list[int]:
         lengths = [0] * self.vocab_size
-        for token, id in self._backend.get_vocab(with_added_tokens=False).items():
-            lengths[id] = len(token)  # byte-level: one character per byte
-        for id, added in self._backend.get_added_tokens_decoder().items():
-            lengths[id] = 0 if added.special else len(added.content.encode())
+        added = self._backend.get_added_tokens_decoder()
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        # the anchor is any token with letters: its text is taken away again
+        anchor = [] if at_beginning else [next(id for token, id in vocabulary.items() if token.isalpha())]
+        before = len(self.decode(anchor).encode())
+        texts = self._backend.decode_batch([[*anchor, id] for id in vocabulary.values()], skip_special_tokens=False)
+        for (token, id), text in zip(vocabulary.items(), texts, strict=True):
+            if id in added and added[id].special:
+                continue
+            if is_byte_level and id not in added:
+                lengths[id] = len(token)  # one character per byte
+            else:
+                lengths[id] = 1 if _BYTE.fullmatch(token) else len(text.encode()) - before
         return lengths
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat template."""
-        parts = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, self.chat_template]
+        """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat templates."""
+        templates: object = self.chat_templates if len(self.chat_templates) > 1 else self.chat_template
+        parts = [self._to_json(), self.bos_token, self.eos_token, self.pad_token, templates]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -229,28 +367,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _read_config(folder: Path) -> dict[str, object]:
-    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    """tokenizer_config.json, with what older and newer versions of transformers write into files beside it."""
+    config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
+    config.pop("auto_map", None)  # names code to be run
+    templates = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        templates = {"default": folder / "chat_template.jinja", **templates}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+    if texts:
+        several = [{"name": name, "template": text} for name, text in texts.items()]
+        config["chat_template"] = texts["default"] if list(texts) == ["default"] else several
+    return config
+
+
+def _read_object(file: Path) -> dict[str, object]:
+    """The object in a JSON file, empty where there is no such file."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); write it anew or remove it") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object, got {type(config).__name__}")
-    config.pop("auto_map", None)  # names code to be run
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    return config
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    """The ids at which generation_config.json says that a generation ends."""
+    given = _read_object(folder / "generation_config.json").get("eos_token_id")
+    return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int]
 
 
 def _token(entry: object) -> str | None:
     """The text of a special token, which may be stored as {"content": text, ...}."""
     content = entry.get("content") if isinstance(entry, Mapping) else entry
     return content if isinstance(content, str) else None
-
-
-def _template(entry: object) -> str | None:
-    """The chat template; several are stored as [{"name": ..., "template": ...}], of which the default is taken."""
-    if isinstance(entry, list):
-        named = {item.get("name"): item.get("template") for item in entry if isinstance(item, Mapping)}
-        entry = named.get("default")
-    return entry if isinstance(entry, str) else None

@@ -109,12 +109,15 @@ def encoded_rows(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
     """One chunk."""
     results: list[Encoded] = [row.error if isinstance(row, BadRow) else [] for row in rows]
     good = [(number, row) for number, row in enumerate(rows) if isinstance(row, Row)]
-    for (number, _), encoded_row in zip(good, encoder.encode([row for _, row in good]), strict=True):
+    unread: set[str] = set()
+    for (number, row), encoded_row in zip(good, encoder.encode([row for _, row in good]), strict=True):
         results[number] = encoded_row
-    return _joined(results)
+        if not isinstance(encoded_row, UserError):
+            unread.update(encoder.unread(row))
+    return _joined(results, unread)
 
 
-def _joined(results: Sequence[Encoded]) -> Chunk:
+def _joined(results: Sequence[Encoded], unread: Iterable[str]) -> Chunk:
     bad: list[str] = []
     sequences: list[np.ndarray] = []
     numbers: list[int] = []
@@ -125,7 +128,7 @@ def _joined(results: Sequence[Encoded]) -> Chunk:
             sequences += result
             numbers += [number] * len(result)
     tokens = np.concatenate(sequences) if sequences else np.empty(0, dtype=np.uint32)
-    counts = Counts(len(results), len(tokens), len(bad), tuple(bad[:BAD_ROWS_NAMED]))
+    counts = Counts(len(results), len(tokens), len(bad), tuple(bad[:BAD_ROWS_NAMED]), tuple(sorted(unread)))
     return Chunk(
         np.array([len(s) for s in sequences], dtype=np.int64), tokens, np.array(numbers, dtype=np.int64), counts
     )

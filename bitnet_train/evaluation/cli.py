@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bitnet_train.data.sources import expand
+from bitnet_train.data.paths import expand
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.evaluation.perplexity import evaluate

@@ -3,9 +3,9 @@
     from lm_eval import simple_evaluate
     simple_evaluate(model=BitNetLM.from_pretrained("runs/quickstart/sft"), tasks=["arc_easy"])
 
-Every text begins with BOS, as in training. A context is cut from the left where it does not fit. What the chat template
-made is tokenized as in training, too: in pieces that begin and end where answers do, which a mark in the text keeps
-apart; names of special tokens count as control tokens in these texts alone.
+Every text begins with BOS, as in training, or with EOS, where there is no BOS. A context is cut from the left where it
+does not fit. What the chat template made is tokenized as in training, too: in pieces that begin and end where answers
+do, which a mark in the text keeps apart; names of special tokens count as control tokens in these texts alone.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from bitnet_train.data.chat import chat_pieces
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
@@ -38,7 +38,7 @@ except ImportError as error:
 T = TypeVar("T")
 Figures = dict[str, float | str]
 
-_ANSWER = "\ufdd3"  # a code point that Unicode keeps out of text: an answer begins or ends here
+_ANSWER = "\ufdd4"  # a code point that Unicode keeps out of text: an answer begins or ends here
 
 
 class BitNetLM(LM):  # type: ignore[misc]
@@ -111,21 +111,24 @@ class BitNetLM(LM):  # type: ignore[misc]
 
     def _request(self, context: str, continuation: str) -> Request:
         if _ANSWER in context:
-            request = Request(self._context_ids(context), self.tokenizer.encode(continuation))
+            *before, answer = self.tokenizer.encode_pieces(
+                [*context.split(_ANSWER), self.tokenizer.quote(continuation)]
+            )
+            request = Request([id for piece in before for id in piece], answer)
         else:
             request = request_of(self.tokenizer, context, continuation)
         room = max(1, self.max_length + 1 - len(request.continuation))
         return request._replace(context=request.context[-room:])
 
     def _context_ids(self, context: str) -> list[int]:
-        """Ids with one BOS in front."""
-        bos, parse = self.tokenizer.bos_token_id, _ANSWER in context
-        ids = [id for part in context.split(_ANSWER) for id in self.tokenizer.encode(part, parse_special=parse)]
-        return ids if ids[:1] == [bos] else [bos, *ids]
+        """Ids of a text, BOS first, or of what the chat template made, which begins as it likes."""
+        if _ANSWER in context:
+            return [id for piece in self.tokenizer.encode_pieces(context.split(_ANSWER)) for id in piece]
+        return self.tokenizer.begun(self.tokenizer.encode(context)) or [self.tokenizer.prefix_token_id]
 
     def _windows(self, text: str) -> list[Request]:
         tokenizer, length = self.tokenizer, self.max_length
-        windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.bos_token_id, length, context_len=1)
+        windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.prefix_token_id, length, context_len=1)
         return [Request(*make_disjoint_window(window)) for window in windows]
 
     def _generate(self, context: str, options: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@
 
 Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context allows;
 every token but BOS is predicted once, EOS included. Of conversations the answers alone count, with their end-of-turn
-token.
+token. Bytes are those of the text where all of it is predicted; in conversations, and where there is no BOS from which
+a first token could be predicted, those that the predicted tokens stand for, as in the log of a run.
 """
 
 import math
@@ -15,8 +16,10 @@ from typing import TypedDict
 
 import torch
 
+from bitnet_train.data.batches import label_bytes
 from bitnet_train.data.config import ChatData, Rows, TextData
-from bitnet_train.data.sources import messages_of, read_rows, text_of
+from bitnet_train.data.conversation import text_of
+from bitnet_train.data.sources import read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import run_batch
@@ -55,11 +58,11 @@ def evaluate(
         )
     if _holds_text(paths):
         rows: Rows = TextData(sequence_length=length).rows(paths, tokenizer)
-        size = sum(len(text_of(row).encode()) for row in read_rows(paths))
     else:
         rows = ChatData(sequence_length=length, long_rows="error").rows(paths, tokenizer)
-        size = sum(_answer_bytes(messages_of(row)) for row in read_rows(paths))
-    nll_sum, tokens = total_nll(model, rows)
+    nll_sum, tokens, size = total_nll(model, rows, tokenizer)
+    if _holds_text(paths) and tokenizer.bos_token_id is not None:  # a tokenizer may lose characters that a text has
+        size = sum(len(text_of(row).encode()) for row in read_rows(paths))
     nll = nll_sum / tokens
     bits_per_byte = nll_sum / math.log(2) / size
     return Likelihood(nll=nll, perplexity=math.exp(nll), bits_per_byte=bits_per_byte, tokens=tokens, bytes=size)
@@ -70,17 +73,15 @@ def _holds_text(paths: str | list[str]) -> bool:
     return "text" in first.fields
 
 
-def _answer_bytes(messages: list) -> int:  # type: ignore[type-arg]
-    return sum(len(message["content"].strip().encode()) for message in messages if message["role"] == "assistant")
-
-
 @torch.inference_mode()
-def total_nll(model: BitNetForCausalLM, rows: Rows) -> tuple[float, int]:
-    """-sum log p(label) in nats over all rows, and the number of labels."""
-    total, tokens = 0.0, 0
+def total_nll(model: BitNetForCausalLM, rows: Rows, tokenizer: Tokenizer) -> tuple[float, int, int]:
+    """-sum log p(label) in nats over all rows, the number of labels, and the bytes that they stand for."""
+    total, tokens, size = 0.0, 0, 0
+    lengths = torch.tensor([tokenizer.byte_lengths, tokenizer.first_byte_lengths])
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows.collate([rows[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(rows)))])
         hidden, labels = run_batch(model, batch)
         total += float(cross_entropy_sum(hidden, model.head_weight, labels))
         tokens += int((labels != IGNORE_INDEX).sum())
-    return total, tokens
+        size += int(label_bytes(batch, lengths, tokenizer.bos_token_id))
+    return total, tokens, size

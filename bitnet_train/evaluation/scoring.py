@@ -54,7 +54,7 @@ def request_of(tokenizer: Tokenizer, context: str, continuation: str) -> Request
     before, whole = tokenizer.encode_batch([stripped, stripped + continuation])
     if whole[: len(before)] != before or len(whole) == len(before):
         whole = before + tokenizer.encode(continuation)
-    return Request([tokenizer.bos_token_id, *before], whole[len(before) :])
+    return Request(tokenizer.begun(before) or [tokenizer.prefix_token_id], whole[len(before) :])
 
 
 def check_fits(model: BitNetForCausalLM, request: Request) -> None:

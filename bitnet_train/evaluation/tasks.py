@@ -20,8 +20,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitnet_train.data.chat import encode_answer
+from bitnet_train.data.conversation import Message, check_text
 from bitnet_train.data.readers import type_name
-from bitnet_train.data.sources import Row, check_text, located, read_rows
+from bitnet_train.data.sources import Row, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
@@ -131,8 +133,8 @@ def _choose(model: BitNetForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row],
 def _choice_requests(tokenizer: Tokenizer, item: MultipleChoice, chat: bool) -> list[Request]:
     if not chat:
         return [request_of(tokenizer, item.context, f" {choice}") for choice in item.choices]
-    prompt = prompt_ids_of(tokenizer, item.context, chat=True)
-    return [Request(prompt, tokenizer.encode(choice)) for choice in item.choices]
+    messages = [Message(role="user", content=item.context)]
+    return [Request(*encode_answer(messages, choice, tokenizer)) for choice in item.choices]
 
 
 def _generate(

@@ -123,8 +123,8 @@ def _stored_dtype(model: Source) -> torch.dtype:
 
 def _notes(model: Source, target: Target, dtype: str | None) -> tuple[str, ...]:
     """What the user should know although nothing is wrong."""
-    if target.format == "gguf" and not model.config.tie_word_embeddings:
-        return ("bitnet.cpp computes the logits with the embedding, not with this model's head: use ik_llama.cpp",)
+    if target.format == "gguf" and not model.tokenizer.begins_with_bos and model.tokenizer.bos_id is not None:
+        return ("the chat template writes no BOS, so runtimes begin no text with it (tokenizer.ggml.add_bos_token)",)
     if target.format == "master" and dtype == "bfloat16" and _stored_dtype(model) == torch.float32:
         return ("masters rounded to bfloat16 quantise to other codes here and there; --dtype float32 keeps every code",)
     return ()

@@ -82,8 +82,9 @@ def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensors:
 
 def _config(source: Source, target: Target, dtype: torch.dtype) -> dict[str, object]:
     """config.json of the folder: the source's, with what the weights now are, and the ids of the tokenizer."""
-    ids = {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
-    config = {name: id_ for name, id_ in ids.items() if id_ is not None} | dict(source.config_json)
+    config = dict(source.config_json)
+    if source.tokenizer.eos_id is not None:  # BOS may be none: transformers' default is another tokenizer's
+        config = {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id} | config
     config.pop("dtype", None)  # transformers 5's name of torch_dtype
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     masters = target.format == "master"

@@ -27,10 +27,11 @@ class RuntimeFailure(RuntimeError):
 
 
 class Answer(NamedTuple):
-    """Logits float32 `(tokens, vocab)` after each token, and the ids of each text, without BOS."""
+    """Logits float32 `(tokens, vocab)` after each token, the ids of each text, and which of `stops` end a text."""
 
     logits: NDArray[np.float32]
     ids: list[list[int]]
+    stops: list[int]
 
 
 def installed(package: str) -> bool:
@@ -52,8 +53,17 @@ def ik_llama_quantize(source: Path, target: Path, type_name: str = "IQ2_BN") -> 
     _run([str(part) for part in command], "", {"LD_LIBRARY_PATH": str(package / "lib")})
 
 
-def ask(package: str, model: Path, tokens: Sequence[int], texts: Sequence[str] = (), special: bool = False) -> Answer:
-    """Logits of one token sequence, and the runtime's tokenisation of texts.
+def ask(
+    package: str,
+    model: Path,
+    tokens: Sequence[int],
+    texts: Sequence[str] = (),
+    *,
+    special: bool = False,
+    add_bos: bool = False,
+    stops: Sequence[int] = (),
+) -> Answer:
+    """Logits of one token sequence, the runtime's tokenisation of texts, and at which ids it stops.
 
     Args:
         package: IK_LLAMA or LLAMA.
@@ -61,15 +71,18 @@ def ask(package: str, model: Path, tokens: Sequence[int], texts: Sequence[str] =
         tokens: the sequence.
         texts: what to tokenise.
         special: whether the names of special tokens in a text become their ids.
+        add_bos: whether BOS is put in front of a text, where the file says so.
+        stops: ids that may end a generation.
 
     Raises:
         RuntimeFailure: the runtime cannot load or run the model.
     """
-    request = json.dumps({"tokens": list(tokens), "texts": list(texts), "special": special})
+    how = {"special": special, "add_bos": add_bos}
+    request = json.dumps({"tokens": list(tokens), "texts": list(texts), "stops": list(stops), "how": how})
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
-        ids = _run([sys.executable, __file__, package, str(model), str(logits)], request, {})
-        return Answer(np.load(logits), json.loads(ids.splitlines()[-1]))
+        output = _run([sys.executable, __file__, package, str(model), str(logits)], request, {})
+        return Answer(np.load(logits), *json.loads(output.splitlines()[-1]))
 
 
 def _run(command: Sequence[str], stdin: str, environment: dict[str, str]) -> str:
@@ -92,25 +105,26 @@ def _ik_llama_answer(model_path: str, request: dict[str, Any]) -> Answer:
         batch.logits[index] = 1
     assert context.decode(batch) == 0
     rows = [np.ctypeslib.as_array(context.get_logits(i), (model.n_vocab,)).copy() for i in range(len(tokens))]
-    ids = [model.tokenize(text, add_bos=False, special=request["special"]) for text in request["texts"]]
-    return Answer(np.stack(rows), ids)
+    ids = [model.tokenize(text, **request["how"]) for text in request["texts"]]
+    is_end = importlib.import_module(f"{IK_LLAMA}._ctypes_api").llama_token_is_eog
+    return Answer(np.stack(rows), ids, [id for id in request["stops"] if is_end(model.model, id)])
 
 
 def _llama_answer(model_path: str, request: dict[str, Any]) -> Answer:
     tokens = request["tokens"]
     size = max(256, len(tokens))
-    model = importlib.import_module(LLAMA).Llama(
-        model_path, n_ctx=size, n_batch=size, n_threads=1, logits_all=True, verbose=False
-    )
+    llama = importlib.import_module(LLAMA)
+    model = llama.Llama(model_path, n_ctx=size, n_batch=size, n_threads=1, logits_all=True, verbose=False)
     model.eval(tokens)
-    texts = [model.tokenize(text.encode(), add_bos=False, special=request["special"]) for text in request["texts"]]
-    return Answer(np.asarray(model.scores[: len(tokens)], dtype=np.float32), texts)
+    ids = [model.tokenize(text.encode(), **request["how"]) for text in request["texts"]]
+    stops = [id for id in request["stops"] if llama.llama_vocab_is_eog(model._model.vocab, id)]
+    return Answer(np.asarray(model.scores[: len(tokens)], dtype=np.float32), ids, stops)
 
 
 def _answer(package: str, model_path: str, logits_path: str) -> None:
     answer = {IK_LLAMA: _ik_llama_answer, LLAMA: _llama_answer}[package](model_path, json.load(sys.stdin))
     np.save(logits_path, answer.logits)
-    print(json.dumps(answer.ids))
+    print(json.dumps([answer.ids, answer.stops]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ KL(ours, theirs)       mean over positions, nats: 1e-5 to 5e-3 for the same func
                        bit grows into another int8 code), above 1 for another function
 top-1                  share of positions where both have the same likeliest token
 bits per byte          - sum log2 p(token) / bytes of the text, theirs and ours
+prompts                ids of conversations, see `prompts`
 
 transformers     packed folders, master folders
 ik_llama.cpp     GGUF F16, BF16, F32; I2_S after its own llama-quantize, which makes IQ2_BN of it
@@ -25,6 +26,7 @@ from torch import Tensor
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export import llama_process
+from bitnet_train.export.prompts import PromptCheck, check_folder, check_gguf, tokenizer_of
 from bitnet_train.export.source import Source, open_source
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_blocks import GGMLType
@@ -48,23 +50,27 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What one runtime computed, or why it was not run."""
+    """What one runtime computed, or why it was not run; and what it made of prompts."""
 
     runtime: str
     agreement: Agreement | None
     reason: str = ""
+    prompts: PromptCheck | None = None
 
     @property
     def agrees(self) -> bool:
-        """False where the runtime computes another function; one that was not run agrees."""
-        return self.agreement is None or self.agreement.kl < MAX_KL
+        """False where the runtime computes another function or has other prompts; one that was not run agrees."""
+        computes = self.agreement is None or self.agreement.kl < MAX_KL
+        return computes and (self.prompts is None or self.prompts.agrees)
 
     def __str__(self) -> str:
         if self.agreement is None:
-            return f"{self.runtime} not run: {self.reason}"
-        kl, top1, theirs, ours, _ = self.agreement
-        figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
-        return f"{'' if self.agrees else 'error: '}{self.runtime}: {figures}"
+            figures = f"not run: {self.reason}"
+        else:
+            kl, top1, theirs, ours, _ = self.agreement
+            figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
+        told = f"{figures}; {self.prompts}" if self.prompts else figures
+        return f"{'' if self.agrees else 'error: '}{self.runtime}{':' if self.agreement else ''} {told}"
 
 
 class Sample(NamedTuple):
@@ -88,13 +94,15 @@ def compare(source: Source | Path, written: Path, text: Path | None = None) -> I
         yield Report(runtime.name, None, f"{runtime.package} is not installed")
         return
     model = open_source(source) if isinstance(source, Path) else source
+    prompts = None
     try:
+        prompts = runtime.prompts(tokenizer_of(model), written)
         sample = take_sample(model, text)
         logits = runtime.logits(written, sample.ids)
     except (llama_process.RuntimeFailure, UserError) as error:
-        yield Report(runtime.name, None, " ".join(str(error).split()))
+        yield Report(runtime.name, None, " ".join(str(error).split()), prompts)
         return
-    yield Report(runtime.name, agreement(sample, logits))
+    yield Report(runtime.name, agreement(sample, logits), prompts=prompts)
 
 
 def take_sample(source: Source, text: Path | None) -> Sample:
@@ -103,12 +111,10 @@ def take_sample(source: Source, text: Path | None) -> Sample:
     Raises:
         UserError: the model has no tokenizer, or the text cannot be read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        source.tokenizer.write(Path(folder))
-        tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = tokenizer_of(source)
     content = "\n".join(pydoc_data.topics.topics.values()) if text is None else _read(text)
     count = min(_TOKENS, source.config.max_position_embeddings)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(content[: 32 * count])[: count - 1]]
+    ids = tokenizer.begun(tokenizer.encode(content[: 32 * count]))[:count]
     with torch.inference_mode():
         logits = load_weights(source.config, source.weights)(torch.tensor([ids]))[0]
     return Sample(ids, len(tokenizer.decode(ids[1:]).encode()), logits.float())
@@ -141,6 +147,10 @@ class _Runtime(NamedTuple):
     name: str
     package: str
     logits: Callable[[Path, list[int]], Tensor]
+
+    def prompts(self, tokenizer: Tokenizer, written: Path) -> PromptCheck:
+        """What it makes of prompts."""
+        return check_folder(tokenizer, written) if written.is_dir() else check_gguf(tokenizer, written, self.package)
 
 
 def _runtime(written: Path) -> _Runtime:

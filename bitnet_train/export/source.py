@@ -47,6 +47,10 @@ class SourceTokenizer(Protocol):
     def eos_id(self) -> int | None:
         """The id that ends a text, if there is one."""
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether runtimes put BOS in front of a text."""
+
     def check(self) -> None:
         """Raises UserError where the formats cannot hold this tokenizer."""
 

@@ -55,7 +55,7 @@ class Target:
         return f"{self.format} {self.variant}".strip()
 
     def readers(self, hidden_act: str) -> str:
-        """The programs that run it."""
+        """The programs that run a model of a kind that `check` lets through."""
         if self.format != "gguf":
             return "transformers"
         if self.variant == "i2_s":
@@ -122,6 +122,12 @@ def _gguf(source: Source, target: Target) -> Iterator[str]:
         yield (
             f"{path}: tie_word_embeddings must be true for GGUF with hidden_act silu, whose graph computes the logits "
             "with the embedding, got false; use --format safetensors"
+        )
+    if target.variant == "i2_s" and config.hidden_act == "relu2" and not config.tie_word_embeddings:
+        yield (
+            f"{path}: tie_word_embeddings must be true for i2_s, whose reader bitnet.cpp computes the logits with the "
+            "embedding without a word, got false; use --type f16, which ik_llama.cpp runs, also as IQ2_BN by its "
+            "llama-quantize"
         )
     types = GGUF_TYPES[target.variant]
     for name in source.ternary_names:

@@ -44,12 +44,22 @@ class GGUFTokenizer:
     def check(self) -> None:
         """Nothing to refuse: the file has as many tokens as its embedding has rows."""
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether runtimes put BOS in front of a text."""
+        return bool(self.metadata.get("tokenizer.ggml.add_bos_token"))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every id at which generation stops."""
+        stop = [self.eos_id, self.metadata.get("tokenizer.ggml.eot_token_id")]
+        return list(dict.fromkeys(id_ for id_ in stop if id_ is not None))
+
     def generation_ids(self) -> dict[str, int | list[int]]:
         """The ids of generation_config.json: bos_token_id, pad_token_id, and eos_token_id with every stop id."""
-        stop = [self.eos_id, self.metadata.get("tokenizer.ggml.eot_token_id")]
         ids = {
             "bos_token_id": self.bos_id,
-            "eos_token_id": list(dict.fromkeys(id_ for id_ in stop if id_ is not None)) or None,
+            "eos_token_id": self.stop_ids or None,
             "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
         return {name: value for name, value in ids.items() if value is not None}
@@ -117,7 +127,7 @@ class GGUFTokenizer:
 
     def _begin(self, tokens: list[str]) -> dict[str, Any] | None:
         """The post-processor that puts BOS in front."""
-        if self.bos_id is None or not self.metadata.get("tokenizer.ggml.add_bos_token"):
+        if self.bos_id is None or not self.begins_with_bos:
             return None
         name = tokens[self.bos_id]
         begin = {"SpecialToken": {"id": name, "type_id": 0}}

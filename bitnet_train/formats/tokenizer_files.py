@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import TOKENIZER_FILES, read_json
+from bitnet_train.formats.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, read_json
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
 
@@ -55,10 +55,7 @@ class TokenizerFiles:
 
     @cached_property
     def _tokenizer(self) -> dict[str, Any]:
-        tokenizer = read_json(self.path)
-        if tokenizer.get("model", {}).get("type") != "BPE":
-            raise UserError(f"{self.path}: model.type must be BPE, got {tokenizer.get('model', {}).get('type')!r}")
-        return tokenizer
+        return read_json(self.path)
 
     @cached_property
     def _tokenizer_config(self) -> dict[str, Any]:
@@ -71,7 +68,10 @@ class TokenizerFiles:
         if not self.path.is_file():
             return {}
         added = {token["content"]: token["id"] for token in self._tokenizer.get("added_tokens", [])}
-        return {**self._tokenizer["model"]["vocab"], **added}
+        vocabulary = self._tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram's: [token, score] in id order
+            vocabulary = {token: id_ for id_, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **added}
 
     @property
     def bos_id(self) -> int | None:
@@ -85,9 +85,28 @@ class TokenizerFiles:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Every id at which generation stops: the end of a text and, where the tokenizer has it, of a turn."""
+        """Every id at which generation stops: EOS, those of generation_config.json, and LLaMA-3's end of a turn."""
+        path = self.folder / GENERATION_CONFIG
+        given = read_json(path).get("eos_token_id") if path.is_file() else None
+        more = [id_ for id_ in (given if isinstance(given, list) else [given]) if type(id_) is int]
         turn = [self.ids[END_OF_TURN]] if END_OF_TURN in self.ids else []
-        return list(dict.fromkeys(self._special("eos", END_OF_TEXT) + turn))
+        return list(dict.fromkeys([*self._special("eos", END_OF_TEXT), *more, *turn]))
+
+    @property
+    def _end_of_turn(self) -> int | None:
+        """The id that ends a turn and no text: LLaMA-3's, or another at which generation stops."""
+        others = [id_ for id_ in self.stop_ids if id_ != self.eos_id]
+        return self.ids.get(END_OF_TURN, next(iter(others), None))
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether runtimes put BOS in front of a text: a prompt that the chat template makes has it if that writes it.
+
+        llama.cpp takes BOS away from such a prompt before it adds its own.
+        """
+        if self.bos_id is None or self._tokenizer_config.get("add_bos_token") is False:
+            return False
+        return self.chat_template is None or "bos_token" in self.chat_template
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -119,6 +138,8 @@ class TokenizerFiles:
 
     def gguf_metadata(self) -> dict[str, object]:
         """The `tokenizer.*` keys of a GGUF file, with as many tokens as the model's vocab_size."""
+        if (kind := self._tokenizer.get("model", {}).get("type")) != "BPE":
+            raise UserError(f"{self.path}: model.type must be BPE for GGUF, got {kind!r}; use --format safetensors")
         pre, (tokens, types) = self._pre_tokenizer(), self._tokens()
         metadata: dict[str, object] = {
             "tokenizer.ggml.model": "gpt2",
@@ -128,9 +149,9 @@ class TokenizerFiles:
             "tokenizer.ggml.merges": self._merges(),
             "tokenizer.ggml.bos_token_id": self.bos_id,
             "tokenizer.ggml.eos_token_id": self.eos_id,
-            "tokenizer.ggml.eot_token_id": self.ids.get(END_OF_TURN),
+            "tokenizer.ggml.eot_token_id": self._end_of_turn,
             "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
-            "tokenizer.ggml.add_bos_token": self.bos_id is not None,
+            "tokenizer.ggml.add_bos_token": self.begins_with_bos,
             "tokenizer.ggml.add_eos_token": False,
             "tokenizer.chat_template": self.chat_template and _without_generation(self.chat_template),
         }
@@ -145,7 +166,7 @@ class TokenizerFiles:
         given = self.config.get(f"{role}_token_id")
         if given is not None:
             return [self._checked(id_, role) for id_ in (given if isinstance(given, list) else [given])]
-        token = self._tokenizer_config.get(f"{role}_token") or usual
+        token = self._tokenizer_config.get(f"{role}_token", usual)
         name = token["content"] if isinstance(token, dict) else token
         return [self.ids[name]] if name in self.ids else []
 

@@ -9,13 +9,15 @@ Every completion starts from --seed and does not depend on those before it.
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from bitnet_train.data.readers import format_of
-from bitnet_train.data.sources import Row, check_text, located, read_rows
+from bitnet_train.data.conversation import check_text
+from bitnet_train.data.readers import format_of, is_readable
+from bitnet_train.data.sources import Row, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.generate.sampling import Sampling, prompt_ids_of, stream
@@ -97,8 +99,8 @@ def _complete_all(args: argparse.Namespace, model: BitNetForCausalLM, tokenizer:
 def _prompt_rows(file: str) -> Iterator[Row]:
     """Rows with their fields; of a .txt file the lines that are not blank."""
     for row in read_rows(file):
-        if format_of(row.file) == ".txt":
-            lines = enumerate(str(row.fields["text"]).splitlines(), start=1)
+        if is_readable(row.file) and format_of(row.file) == ".txt":
+            lines = enumerate(re.split("\r?\n", str(row.fields["text"])), start=1)  # a form feed begins no prompt
             yield from (Row(row.file, number, {"prompt": line}) for number, line in lines if line.strip())
         else:
             yield row

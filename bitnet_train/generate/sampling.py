@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.data.chat import encode_prompt
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.model.attention import KVCache
@@ -65,7 +65,7 @@ def generate(
 def prompt_ids_of(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None = None) -> list[int]:
     """Ids of a text to continue, BOS first, or of a user's message (after a system message) through the template."""
     if not chat:
-        return [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+        return tokenizer.begun(tokenizer.encode(prompt)) or [tokenizer.prefix_token_id]
     messages = [Message(role="system", content=system)] if system else []
     return encode_prompt([*messages, Message(role="user", content=prompt)], tokenizer)
 

@@ -9,7 +9,7 @@ The system message stays, and so does the message that is to be answered.
 from collections.abc import Callable, Generator, Iterator
 
 from bitnet_train.data.chat import encode_prompt
-from bitnet_train.data.sources import Message, check_text
+from bitnet_train.data.conversation import Message, check_text
 from bitnet_train.data.tokenizer import Tokenizer
 
 

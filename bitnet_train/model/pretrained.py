@@ -22,7 +22,7 @@ from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf
 class SpecialIds(NamedTuple):
     """Ids with a role. `stop` ends a generation: the end of a text first, then the end of a turn."""
 
-    bos: int
+    bos: int | None
     stop: tuple[int, ...]
     pad: int
 
@@ -183,6 +183,6 @@ def write_pretrained(
         write_weights(temporary, weights)
         write_json(temporary / CONFIG, {**config_json, "torch_dtype": "float32"})
         generation = {"bos_token_id": bos, "eos_token_id": list(stop), "pad_token_id": pad}
-        write_json(temporary / GENERATION_CONFIG, generation)
+        write_json(temporary / GENERATION_CONFIG, {role: ids for role, ids in generation.items() if ids is not None})
         (temporary / "README.md").write_text(card)
         save_tokenizer(temporary)

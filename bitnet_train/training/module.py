@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bitnet_train.data.batches import PairBatch, TokenBatch
+from bitnet_train.data.batches import PairBatch, TokenBatch, label_bytes
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.labels import IGNORE_INDEX
 from bitnet_train.model.bitlinear import forget_codes, set_strength
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.optim import OptimizerConfig, set_hyperparameters
@@ -132,8 +131,8 @@ class TrainingModule(L.LightningModule):
         self._before_step: dict[str, Tensor] = {}
         self._validation: dict[str, Sums] = defaultdict(Sums)
         self._update: Metrics = {}
-        bytes_of = torch.tensor(tokenizer.byte_lengths, dtype=torch.int64)
-        self.register_buffer("_bytes_of", bytes_of, persistent=False)
+        lengths = torch.tensor([tokenizer.byte_lengths, tokenizer.first_byte_lengths], dtype=torch.int64)
+        self.register_buffer("_byte_lengths", lengths, persistent=False)
 
     @property
     def at_step_boundary(self) -> bool:
@@ -302,16 +301,16 @@ class TrainingModule(L.LightningModule):
         output = self.stage.step(self.model, batch)
         means = means_of(output, batch)
         if isinstance(batch, TokenBatch):
-            means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch.labels))
+            means["bits_per_byte"] = Mean(output.loss_sum / math.log(2), self._bytes(batch))
         name = self._data().validation_names[dataloader_idx]
         if not self._data().validation_batches(name).counts(batch_idx):
             means = {metric: Mean(*map(torch.zeros_like, mean)) for metric, mean in means.items()}
         self._validation[name].add(**means)
 
-    def _bytes(self, labels: Tensor) -> Tensor:
+    def _bytes(self, batch: TokenBatch) -> Tensor:
         """Bytes of text that the labels of a batch stand for, shape ()."""
-        lengths: Tensor = self._bytes_of  # type: ignore[assignment]
-        return lengths[labels[labels != IGNORE_INDEX]].sum()
+        lengths: Tensor = self._byte_lengths  # type: ignore[assignment]
+        return label_bytes(batch, lengths, self.tokenizer.bos_token_id)
 
     def on_validation_epoch_end(self) -> None:
         """Logs validation as sums over each whole set, divided once."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_train.data.chat import encode_prompt, render
-from bitnet_train.data.sources import Message
+from bitnet_train.data.chat import encode_prompt
+from bitnet_train.data.conversation import Message
+from bitnet_train.data.template import render
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.export import export
 from bitnet_train.export.llama_process import IK_LLAMA, RuntimeFailure, ask
@@ -141,11 +142,11 @@ def test_the_runtime_tokenizes_conversations_as_we_do(tmp_path: Path) -> None:
     template = str(open_source(tmp_path / "model.gguf").tokenizer.gguf_metadata()["tokenizer.chat_template"])
     assert "generation %}" not in template  # llama.cpp's parsers do not know that tag
     chats = [[Message(role="user", content=text)] for text in texts]
-    rendered = [render(chat, template, add_generation_prompt=True).text for chat in chats]
+    rendered = [render(chat, template, add_generation_prompt=True, bos_token="").text for chat in chats]
     assert len(rendered) >= 200
     assert rendered[0] == f"User: {texts[0].strip()}<|eot_id|>Assistant: "
     theirs = ask(IK_LLAMA, tmp_path / "model.gguf", [1], rendered, special=True).ids
-    assert theirs == [tokenizer.encode(text, parse_special=True) for text in rendered]
+    assert theirs == [tokenizer.encode_pieces([text])[0] for text in rendered]
     plain = [index for index, text in enumerate(texts) if "<|" not in text]
     assert [[tokenizer.bos_token_id, *theirs[index]] for index in plain] == [
         encode_prompt(chats[index], tokenizer) for index in plain

@@ -60,7 +60,7 @@ def test_greedy_text_is_ours(trained: Trained, tmp_path: Path) -> None:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto").eval()
         same = 0
         for text in trained.texts:
-            ids = [tokenizer.bos_token_id, *tokenizer.encode(text[:7])]
+            ids = tokenizer.begun(tokenizer.encode(text[:7]))
             options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             expected = list(generate(ours, ids, (), max_new_tokens=64))
             assert len(set(expected)) > 8  # no token over and over

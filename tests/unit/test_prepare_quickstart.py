@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from bitnet_train.data.chat import encode_chat
+from bitnet_train.data.conversation import messages_of, text_of
 from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import messages_of, read_rows, text_of
+from bitnet_train.data.sources import read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from tests.forked import python

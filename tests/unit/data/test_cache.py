@@ -157,7 +157,8 @@ def test_a_large_file_is_hashed_again_only_when_it_has_changed(text: str, monkey
 def test_a_data_set_of_the_hub_is_keyed_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["one", "one", "two"])
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: SimpleNamespace(hash=next(commits)))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: text_rows(3))
+    rows = datasets.Dataset.from_list(text_rows(3)).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     monkeypatch.chdir(tmp_path)
     for count in (1, 1, 2):
         assert len(tokenized(["owner/name:config@split"], TEXT, tmp_path / "cache", num_proc=1)) == 3

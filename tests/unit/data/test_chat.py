@@ -11,20 +11,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from bitnet_train.data.chat import (
-    BITNET_CHAT_TEMPLATE,
-    encode_chat,
-    encode_pair,
-    encode_prompt,
-    render,
-)
+from bitnet_train.data.chat import encode_chat, encode_pair, encode_prompt
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.preference import Pair
-from bitnet_train.data.sources import Message
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, render
 from bitnet_train.data.tokenizer import BOS, EOS, EOT, Tokenizer, train_bpe
 from bitnet_train.errors import UserError
 
 TEXTS = ["System: Be brief. User: What is it? Assistant: It is a word.", "Hello Hello Hello world"] * 20
 TOKENIZER = train_bpe(TEXTS, 384)
+BOS_ID = TOKENIZER.begun([])[0]
 EOT_ID = TOKENIZER.stop_token_ids[1]
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|eot_id|>\n{% endfor %}"
@@ -68,8 +64,8 @@ CHATS = [TWO_TURNS, TWO_TURNS[1:3], TWO_TURNS[:2], TWO_TURNS[2:], chat(("u", "<|
 
 
 def test_the_template_of_bitnet() -> None:
-    text, spans = render(TWO_TURNS, BITNET_CHAT_TEMPLATE)
-    assert text == (
+    text, spans = render(TWO_TURNS, BITNET_CHAT_TEMPLATE, bos_token=BOS)
+    assert text == BOS + (
         "System: Be brief.<|eot_id|>User: What is it?<|eot_id|>Assistant: Hello world<|eot_id|>"
         "User: And?<|eot_id|>Assistant: It is.<|eot_id|>"
     )
@@ -98,7 +94,7 @@ def test_text_and_spans_are_those_of_transformers(
     messages: list[Message], add_generation_prompt: bool, template: str
 ) -> None:
     special = {"bos_token": BOS, "eos_token": EOS}
-    ours = render(messages, template, add_generation_prompt, **special)
+    ours = render(messages, template, add_generation_prompt, [EOT], **special)
     render_theirs: Any = chat_template_utils.render_jinja_template
     (text,), (spans,) = render_theirs(
         [messages],
@@ -116,20 +112,37 @@ def test_transformers_applies_the_saved_template(tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("tokenizer")
     TOKENIZER.save(folder)
     theirs: Any = AutoTokenizer.from_pretrained(folder)
-    ours = render(TWO_TURNS[:4], BITNET_CHAT_TEMPLATE, add_generation_prompt=True).text
+    ours = render(TWO_TURNS[:4], BITNET_CHAT_TEMPLATE, add_generation_prompt=True, bos_token=BOS).text
     assert theirs.apply_chat_template(TWO_TURNS[:4], tokenize=False, add_generation_prompt=True) == ours
     prompt = theirs.apply_chat_template(TWO_TURNS[:2], add_generation_prompt=True)["input_ids"]
-    assert encode_prompt(TWO_TURNS[:2], TOKENIZER) == [TOKENIZER.bos_token_id, *prompt]
+    assert encode_prompt(TWO_TURNS[:2], TOKENIZER) == prompt
+    assert prompt.count(BOS_ID) == 1
 
 
-def test_without_generation_blocks_spans_are_found_by_prefixes() -> None:
-    text, spans = render(TWO_TURNS, CHATML)
-    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>\n", "It is.\n<|eot_id|>\n"]
+def test_without_generation_blocks_a_span_goes_from_the_prompt_to_the_stop_token() -> None:
+    text, spans = render(TWO_TURNS, CHATML, stops=[EOT])
+    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>", "It is.\n<|eot_id|>"]
 
 
-def test_a_template_that_changes_earlier_text_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"text of messages 1 to 3 changes.*\{% generation %\}"):
-        render(TWO_TURNS, FORGETFUL)
+def test_an_answer_that_cannot_be_found_may_not_be_trained() -> None:
+    assert [start < end for start, end in render(TWO_TURNS, FORGETFUL, stops=[EOT]).spans] == [False, False]
+    with pytest.raises(UserError, match=r"changes with what follows.*\{% generation %\}.*data.train_on=last"):
+        encode_chat(TWO_TURNS, with_template(FORGETFUL))
+
+
+SYSTEM_LAST = (  # Mistral's: the system message stands in the last message of the user, wherever that is
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if m.role == 'user' %}[INST] "
+    "{% if m == messages[-1] or m == messages[-2] %}{{ messages[0].content }} {% endif %}{{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_the_last_answer_can_be_trained_where_earlier_ones_cannot_be_found() -> None:
+    tokenizer = with_template(SYSTEM_LAST)
+    assert trained_parts(TWO_TURNS, tokenizer, "last") == [f" It is.\n{EOS}"]
+    with pytest.raises(UserError, match="changes with what follows"):
+        encode_chat(TWO_TURNS, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +179,15 @@ def test_all_trains_everything_but_bos() -> None:
 
 def test_the_ids_spell_the_text_with_one_bos() -> None:
     ids = encode_chat(TWO_TURNS, TOKENIZER).input_ids
-    assert TOKENIZER.decode(ids) == BOS + render(TWO_TURNS, BITNET_CHAT_TEMPLATE).text
-    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert TOKENIZER.decode(ids) == render(TWO_TURNS, BITNET_CHAT_TEMPLATE, bos_token=BOS).text
+    assert ids.count(BOS_ID) == 1
+    assert ids[0] == BOS_ID
 
 
-def test_a_template_with_bos_gets_no_second_one() -> None:
-    tokenizer = with_template("{{ bos_token }}" + BITNET_CHAT_TEMPLATE)
-    assert encode_chat(TWO_TURNS, tokenizer) == encode_chat(TWO_TURNS, TOKENIZER)
-    assert encode_prompt(TWO_TURNS[:2], tokenizer) == encode_prompt(TWO_TURNS[:2], TOKENIZER)
+def test_the_template_decides_about_bos() -> None:
+    ids = encode_chat(TWO_TURNS, with_template(CHATML)).input_ids
+    assert BOS_ID not in ids
+    assert encode_chat(TWO_TURNS, with_template("{{ bos_token }}" + CHATML)).input_ids == [BOS_ID, *ids]
 
 
 def test_the_header_is_not_joined_with_the_answer() -> None:
@@ -200,7 +214,7 @@ def test_any_content_keeps_the_mask_and_the_prompt(contents: list[str]) -> None:
     ids, trained = encode_chat(messages, TOKENIZER)
     prompt = encode_prompt(messages[:-1], TOKENIZER)
     assert ids[: len(prompt)] == prompt
-    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert ids.count(BOS_ID) == 1
     assert ids.count(EOT_ID) == 2 * len(contents)
     ends = [id for id, flag, after in zip(ids, trained, [*trained[1:], False], strict=True) if flag and not after]
     assert ends == [EOT_ID] * len(contents)
@@ -210,10 +224,10 @@ def test_names_of_special_tokens_in_a_message_stay_text() -> None:
     messages = chat(("u", f"{EOT}Assistant: yes{EOT}{BOS}"), ("a", f"no{EOT}User: I lied{EOS}"))
     ids, trained = encode_chat(messages, TOKENIZER)
     assert ids.count(EOT_ID) == 2
-    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert ids.count(BOS_ID) == 1
     assert TOKENIZER.eos_token_id not in ids
     assert trained[-1]
-    assert TOKENIZER.decode(ids) == BOS + render(messages, BITNET_CHAT_TEMPLATE).text
+    assert TOKENIZER.decode(ids) == render(messages, BITNET_CHAT_TEMPLATE, bos_token=BOS).text
     assert trained_parts(messages) == [f"no{EOT}User: I lied{EOS}{EOT}"]
 
 
@@ -231,8 +245,9 @@ def test_the_mask_ends_on_the_stop_token() -> None:
 
 
 def test_a_template_without_stop_tokens_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"must end with a stop token \(id \d+ or \d+\)"):
-        encode_chat(TWO_TURNS, with_template(BITNET_CHAT_TEMPLATE.replace("<|eot_id|>", "\n")))
+    for template in (BITNET_CHAT_TEMPLATE, CHATML):
+        with pytest.raises(UserError, match=r"must end with a stop token.*write <\|end_of_text\|> or <\|eot_id\|>"):
+            encode_chat(TWO_TURNS, with_template(template.replace("<|eot_id|>", "\n")))
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
@@ -289,9 +304,8 @@ def test_ids_of_tools_are_those_of_transformers(tmp_path: Path) -> None:
     tokenizer = with_template(WITH_TOOLS)
     tokenizer.save(tmp_path)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
-    text = theirs.apply_chat_template(clean[1], tools=clean[0], tokenize=False)
     ids = encode_chat(clean[1], tokenizer, tools=clean[0]).input_ids
-    assert tokenizer.decode(ids) == BOS + text
+    assert tokenizer.decode(ids) == theirs.apply_chat_template(clean[1], tools=clean[0], tokenize=False)
     assert ids.count(EOT_ID) == theirs.apply_chat_template(clean[1], tools=clean[0])["input_ids"].count(EOT_ID) == 5
 
 
@@ -308,7 +322,7 @@ def test_calls_are_trained_and_what_tools_say_is_not() -> None:
 def test_a_pair_sees_the_tools() -> None:
     tokenizer = with_template(WITH_TOOLS)
     prompt, chosen, _ = encode_pair(Pair(TOOL_CHAT[:1], [CALL], TOOL_CHAT[3:]), tokenizer, TOOLS)
-    assert tokenizer.decode(prompt).startswith(f"{BOS}<tools>")
+    assert tokenizer.decode(prompt).startswith("<tools>")
     assert tokenizer.decode(chosen).startswith('{"name": "add"')
 
 

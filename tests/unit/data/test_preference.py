@@ -2,8 +2,9 @@
 
 import pytest
 
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.preference import Pair, pair_of
-from bitnet_train.data.sources import Message, Row
+from bitnet_train.data.sources import Row
 from bitnet_train.errors import UserError
 
 

@@ -16,11 +16,13 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from bitnet_train.data.chat import BITNET_CHAT_TEMPLATE, encode_chat, render
+from bitnet_train.data.chat import encode_chat
 from bitnet_train.data.config import ChatData
+from bitnet_train.data.conversation import Message, messages_of, text_of, tools_of
 from bitnet_train.data.packing import PackedRows
 from bitnet_train.data.preference import pair_of
-from bitnet_train.data.sources import Message, Row, messages_of, read_rows, text_of, tools_of
+from bitnet_train.data.sources import Row, read_rows
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, render
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from tests.packages import member
 from tests.support import write_jsonl
@@ -212,9 +214,8 @@ def test_ids_and_mask_are_those_of_transformers(
         pieces = [theirs(text[a:b], add_special_tokens=False).input_ids for a, b in pairwise(edges)]
         expected = [id for piece in pieces for id in piece]
         mask = [bool(number % 2) for number, piece in enumerate(pieces) for _ in piece]
-        bos = [] if expected[:1] == [theirs.bos_token_id] else [theirs.bos_token_id]
-        assert ids == bos + expected
-        assert trained == [False] * len(bos) + mask
+        assert ids == expected
+        assert trained == mask
 
 
 @pytest.mark.parametrize("name", ["llama-3", "tools"])
@@ -229,9 +230,8 @@ def test_where_headers_end_in_a_line_break_ids_are_those_of_one_string(
             continue  # a line break of the content would join that of the header
         ids, trained = encode_chat(messages, tokenizer)
         out = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        bos = [] if out["input_ids"][:1] == [theirs.bos_token_id] else [theirs.bos_token_id]
-        assert ids == bos + out["input_ids"]
-        assert trained == [False] * len(bos) + [bool(flag) for flag in out["assistant_masks"]]
+        assert ids == out["input_ids"]
+        assert trained == [bool(flag) for flag in out["assistant_masks"]]
         compared += 1
     assert compared >= 200
 

@@ -11,8 +11,10 @@ import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
 
+from bitnet_train.data.conversation import Message, messages_of, text_of, tools_of
+from bitnet_train.data.paths import expand
 from bitnet_train.data.readers import START, read_from
-from bitnet_train.data.sources import Message, Row, expand, messages_of, read_rows, text_of, tools_of
+from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.errors import UserError
 
 ROWS: list[dict[str, object]] = [{"text": "one"}, {"text": "zwei, größer"}, {"text": "three\u2028lines"}]
@@ -157,8 +159,9 @@ def test_an_unknown_format_is_an_error_even_in_a_glob(tmp_path: Path) -> None:
 
 
 def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, object]]:
-        return [{"name": name, "config": config, "split": split, "streaming": streaming}]
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        asked = {"name": name, "config": config, "split": split, "streaming": streaming}
+        return datasets.Dataset.from_list([asked]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (plain,) = read_rows("owner/name")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bitnet_train.data.chat import BITNET_CHAT_TEMPLATE
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE
 from bitnet_train.data.tokenizer import BOS, EOS, EOT, LLAMA3_SPLIT, Tokenizer, train_bpe
 from bitnet_train.errors import UserError
 
@@ -91,26 +91,31 @@ def test_names_of_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> Non
     assert tokenizer.decode(ids) == text
 
 
-def test_parse_special_reads_names_but_for_quoted_ones(tokenizer: Tokenizer) -> None:
+def test_pieces_have_special_tokens_but_for_quoted_ones(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("a"), tokenizer.encode("b")
-    assert tokenizer.encode(f"a{EOT}b{EOT}", parse_special=True) == [
-        *a,
-        tokenizer.eot_token_id,
-        *b,
-        tokenizer.eot_token_id,
+    assert tokenizer.encode_pieces([f"a{EOT}", f"b{EOT}"]) == [
+        [*a, tokenizer.eot_token_id],
+        [*b, tokenizer.eot_token_id],
     ]
     quoted = tokenizer.quote(f"a{EOT}b") + EOT
-    assert tokenizer.encode(quoted, parse_special=True) == [*tokenizer.encode(f"a{EOT}b"), tokenizer.eot_token_id]
+    assert tokenizer.encode_pieces([quoted]) == [[*a, *tokenizer.encode(EOT), *b, tokenizer.eot_token_id]]
 
 
 def test_a_quote_cannot_be_undone_from_within(tokenizer: Tokenizer) -> None:
-    mark = tokenizer.quote(EOT)[1]
-    for text in (EOT[0] + mark + EOT[1:], mark + EOT, EOT[:5] + mark + EOT[5:]):
-        assert tokenizer.eot_token_id not in tokenizer.encode(tokenizer.quote(text), parse_special=True)
+    start, end = tokenizer.quote(EOT)[0], tokenizer.quote(EOT)[-1]
+    for mark in (start, end, end + start):
+        for text in (EOT[0] + mark + EOT[1:], mark + EOT, EOT + mark, EOT[:5] + mark + EOT[5:]):
+            assert tokenizer.eot_token_id not in tokenizer.encode_pieces([tokenizer.quote(text)])[0]
+
+
+def test_a_quote_holds_though_a_template_cuts_a_mark_away(tokenizer: Tokenizer) -> None:
+    quoted = tokenizer.quote(EOT)
+    for torn in (quoted[1:], quoted[:-1]):
+        assert tokenizer.encode_pieces([torn]) == [tokenizer.encode(EOT)]
 
 
 def test_decode_can_skip_special_tokens(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.bos_token_id, *tokenizer.encode("hi"), tokenizer.eos_token_id]
+    ids = [*tokenizer.begun(tokenizer.encode("hi")), tokenizer.eos_token_id]
     assert tokenizer.decode(ids) == f"{BOS}hi{EOS}"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hi"
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from bitnet_train.data.chat import encode_chat, encode_prompt
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.perplexity import evaluate
@@ -109,7 +109,7 @@ def test_rolling_likelihood_counts_every_token_once(master: Path, tmp_path: Path
     lm = BitNetLM.from_pretrained(str(master))
     short, long = "The owl number 14 sat on mat 196. ", "The hen number 15 sat on mat 225. " * 12
     whole = evaluate(lm.model, lm.tokenizer, str(write_jsonl(tmp_path / "t.jsonl", [{"text": short}])))
-    ids = [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(short)]
+    ids = lm.tokenizer.begun(lm.tokenizer.encode(short))
     end = score(lm.model, [Request(ids, [lm.tokenizer.eos_token_id])])[0].logp
     (found,) = lm.loglikelihood_rolling([request(short)])
     assert found == pytest.approx(-whole["nll"] * whole["tokens"] - end, rel=1e-3)

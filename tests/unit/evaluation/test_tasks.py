@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitnet_train.data.chat import encode_prompt
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.tasks import evaluate_task
@@ -32,7 +32,7 @@ def test_multiple_choice_by_hand(master: Path, choices: Rows, tmp_path: Path, ch
     hits = norm_hits = 0
     for row in choices:
         context, texts = str(row["context"]), [str(text) for text in row["choices"]]  # type: ignore[attr-defined]
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(context)]
+        ids = tokenizer.begun(tokenizer.encode(context))
         if chat:
             ids = encode_prompt([Message(role="user", content=context)], tokenizer)
         logps = [logp(model, ids, tokenizer.encode(text if chat else f" {text}")) for text in texts]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bitnet_train.data.chat import encode_prompt
-from bitnet_train.data.sources import Message
+from bitnet_train.data.conversation import Message
 from bitnet_train.errors import UserError
 from bitnet_train.generate import ChatSession
 from tests.support import tiny_tokenizer

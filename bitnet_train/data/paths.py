@@ -1,0 +1,139 @@
+"""What the names of data stand for: files, globs, folders, saved data sets, hub ids.
+
+    rows.jsonl, shards/*.parquet    files
+    folder                          the files of known formats in it, at any depth, links followed
+    folder@test                     those of one split, by their names or by what `datasets` saved
+    owner/name[:config][@split]     a data set of the Hugging Face hub
+
+In a folder these are no rows and left alone: hidden files, run directories, caches, files that describe a data set or
+a model, licences. Where the names of files say what is a train split, other splits are left alone, and told.
+"""
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from bitnet_train.data.hub import is_hub_id
+from bitnet_train.data.readers import FORMATS, format_of, is_readable
+from bitnet_train.data.saved import files_of, is_saved, splits_of
+from bitnet_train.errors import UserError
+
+CACHE_TAG = "CACHEDIR.TAG"  # https://bford.info/cachedir: a folder of things that can be made again
+
+# What datasets, the hub and transformers write beside data, and texts that a repository has.
+_NO_ROWS = re.compile(
+    r"(dataset_dict|dataset_infos?|state|config|generation_config|preprocessor_config|adapter_config|package"
+    r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
+    r"|(licen[cs]e|readme|notice|copying|changelog|citation|requirements|merges|vocab)([._-].*)?\.txt",
+    re.IGNORECASE,
+)
+# The words by which `datasets` tells splits apart (data_files.py).
+_SPLITS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+_SPLIT_WORDS = {split: re.compile(rf"(^|[ ._/-])({words})([ ._/-]|$)") for split, words in _SPLITS.items()}
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """The files, saved data sets and hub ids that names stand for, sorted and once each: the same on every machine.
+
+    Raises:
+        UserError: a path or a glob that matches nothing, a file of an unknown format, a split that is not there.
+    """
+    names = [paths] if isinstance(paths, str) else paths
+    files = sorted({file for name in names for file in _expand_one(str(name))})
+    if not files:
+        raise UserError("no data path was given; name a file, a glob, a folder or a hub id")
+    return files
+
+
+def size_of(name: str) -> int | None:
+    """The bytes of a file or of a saved data set; None where they are unknown, as on the hub."""
+    path = Path(name)
+    if path.is_dir():
+        return sum(file.stat().st_size for file in files_of(path) if file.is_file())
+    return path.stat().st_size if path.is_file() else None
+
+
+def _expand_one(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_file():
+        format_of(name)
+        return [name]
+    folder, _, split = name.rpartition("@")
+    if not path.exists() and folder and Path(folder).is_dir():
+        return _in_folder(Path(folder), split)
+    if is_hub_id(name):
+        return [name]
+    if path.is_dir():
+        return _in_folder(path, None)
+    files = [file for match in glob.glob(name, recursive=True) for file in _expand_one(match)]
+    if not files:
+        raise UserError(
+            f"{name}: no such file or folder, and as a glob it matches nothing; check the path (a hub id is owner/name)"
+        )
+    return files
+
+
+def _in_folder(folder: Path, split: str | None) -> list[str]:
+    """The files of a folder, or of one split of it; without, of train where names tell splits apart."""
+    found = {name: _split_of(name, folder) for name in _walk(folder)}
+    splits = sorted({of for of in found.values() if of is not None})
+    if split is not None and split not in splits:
+        has = f"has {', '.join(splits)}" if splits else "tells no splits apart"
+        raise UserError(f"{folder}@{split}: no such split; the folder {has}")
+    if split is None and splits and "train" not in splits and splits_of(folder):
+        raise UserError(f"{folder}: holds the splits {', '.join(splits)}, no train; name one as {folder}@{splits[0]}")
+    wanted = {split} if split is not None else {"train", None} if "train" in splits else {None, *splits}
+    files = [name for name, of in found.items() if of in wanted]
+    if not files:
+        raise UserError(f"{folder}: the folder holds no file of {FORMATS}; check the path (a hub id is owner/name)")
+    left = [of for of in splits if of not in wanted]
+    if left and split is None:
+        _say_once(f"{folder}: the split train is read, {', '.join(left)} not (to name one: {folder}@{left[0]})")
+    return files
+
+
+def _split_of(name: str, folder: Path) -> str | None:
+    """The split that a file belongs to: by the name that `datasets` saved it under, or by the words in its path."""
+    path = Path(name)
+    if path.is_dir() and splits_of(path.parent):
+        return path.name
+    below = path.relative_to(folder).as_posix().lower()
+    return next((split for split, words in _SPLIT_WORDS.items() if words.search(below)), None)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The files of known formats and the saved data sets of a folder, at any depth."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        here, real = Path(root), os.path.realpath(root)
+        if real in seen or CACHE_TAG in files or ".hydra" in folders:  # a circle of links, a cache, a run directory
+            folders.clear()
+            continue
+        seen.add(real)
+        if splits := splits_of(here):
+            folders.clear()
+            yield from (str(here / split) for split in splits)
+        elif is_saved(here):
+            folders.clear()
+            yield str(here)
+        else:
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from (str(here / name) for name in files if _is_data(here / name))
+
+
+def _is_data(file: Path) -> bool:
+    name = file.name
+    return is_readable(name) and not name.startswith(".") and not _NO_ROWS.fullmatch(name) and file.is_file()
+
+
+@cache
+def _say_once(message: str) -> None:
+    print(f"data: {message}", file=sys.stderr, flush=True)

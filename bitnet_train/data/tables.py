@@ -1,0 +1,59 @@
+"""Rows of Arrow tables as the JSON that they were made of.
+
+extension<arrow.json>    a string in Arrow, decoded here: `datasets` keeps objects of mixed shape so
+null within a struct     taken out: Arrow gives every struct of a column all fields that one of them has
+"""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from bitnet_train.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Convert = Callable[[Any], Any]
+
+
+def converters(schema: "pyarrow.Schema") -> dict[str, Convert]:
+    """What the values of a column need, for the columns that need something. Each raises UserError for a bad value."""
+    found = {field.name: _converter(field.type) for field in schema}
+    return {name: convert for name, convert in found.items() if convert is not None}
+
+
+def _converter(kind: "pyarrow.DataType") -> Convert | None:
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _from_json if kind.extension_name == "arrow.json" else None
+    if pyarrow.types.is_struct(kind):
+        return _struct({kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)})
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return _list(_converter(kind.value_type))
+    return None
+
+
+def _struct(fields: dict[str, Convert | None]) -> Convert:
+    def convert(value: Any) -> Any:
+        if value is None:
+            return None
+        present = ((name, part, fields[name]) for name, part in value.items() if part is not None)
+        return {name: part if change is None else change(part) for name, part, change in present}
+
+    return convert
+
+
+def _list(change: Convert | None) -> Convert | None:
+    if change is None:
+        return None
+    return lambda value: None if value is None else [change(part) for part in value]
+
+
+def _from_json(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"a value of type arrow.json is no JSON ({error}); write the file again") from None

@@ -1,0 +1,235 @@
+"""Chat templates: jinja that writes a conversation as one text, and which parts of that text an assistant generates.
+
+    User: Hi<|eot_id|>Assistant: Hello<|eot_id|>
+                                 ===============    a span: the answer and its stop token, never the header
+
+A template marks spans by {% generation %} ... {% endgeneration %}. Where it has no such block, a span begins where the
+prompt ends that the template writes for the messages before it, and ends with the first stop token after that.
+
+Templates are foreign code: they run in jinja's sandbox, as transformers runs them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache, lru_cache, partial
+from typing import NamedTuple, NoReturn, TypeVar
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from bitnet_train.errors import UserError
+
+# Of microsoft/bitnet-b1.58-2B-4T, whose own template leaves BOS to the tokenizer. bitnet.cpp knows its chat format by
+# the word in the comment.
+BITNET_CHAT_TEMPLATE = (
+    "{# BITNET #}{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: "
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim }}<|eot_id|>{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim }}<|eot_id|>"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+# Code points that Unicode keeps out of text mark places while a text is made: a span, a quoted name (`quote`).
+_SPAN_START, _SPAN_END, QUOTE_START, QUOTE_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_SPAN_EDGE = re.compile(f"([{_SPAN_START}{_SPAN_END}])")
+
+Span = tuple[int, int]
+T = TypeVar("T")
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, and the character ranges [start, end) that an assistant generates, one per answer."""
+
+    text: str
+    spans: list[Span]
+
+
+def render(
+    messages: Sequence[Mapping[str, object]],
+    template: str,
+    add_generation_prompt: bool = False,
+    stops: Sequence[str] = (),
+    **variables: object,
+) -> Rendered:
+    """The text of a conversation, as transformers' apply_chat_template renders it, and the spans of its answers.
+
+    Args:
+        messages: transformers' dictionaries; a key with the value None is left out, as transformers does.
+        template: jinja.
+        stops: names of the tokens that end an answer.
+        variables: what else the template may use, such as bos_token.
+
+    Raises:
+        UserError: the template is wrong or refuses the messages; or, without {% generation %}, it writes no stop token
+            after an answer.
+    """
+    marked = _render(messages, template, add_generation_prompt, variables)
+    if _SPAN_START in marked:
+        return _split_at_edges(marked)
+    return Rendered(marked, list(_spans_after_prompts(messages, template, variables, marked, stops)))
+
+
+@lru_cache(maxsize=16)
+def closing_token(template: str, names: re.Pattern[str], **variables: object) -> str | None:
+    """The first special token that the template writes after an answer; None where it writes none.
+
+    Args:
+        names: matches the name of a special token.
+    """
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = _render(probe, template, False, variables)
+    except UserError:  # a template may want other messages than these
+        return None
+    name = names.search(_SPAN_EDGE.sub("", text), text.rfind("answer"))
+    return None if name is None else name[0]
+
+
+def writes_as_bitnet(template: str) -> bool:
+    """Whether a template writes what BitNet's does, BOS aside."""
+    probe = [{"role": role, "content": role[:1]} for role in ("system", "user", "assistant", "user")]
+    try:
+        texts = [_render(probe, one, True, {"bos_token": ""}) for one in (template, BITNET_CHAT_TEMPLATE)]
+    except UserError:
+        return False
+    return _SPAN_EDGE.sub("", texts[0]) == _SPAN_EDGE.sub("", texts[1])
+
+
+def with_strings(value: T, change: Callable[[str], str]) -> T:
+    """The value with every string in it changed, at any depth, names of fields excepted."""
+    if isinstance(value, str):
+        return change(value)  # type: ignore[return-value]
+    if isinstance(value, Mapping):
+        return {key: with_strings(part, change) for key, part in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        return [with_strings(part, change) for part in value]  # type: ignore[return-value]
+    return value
+
+
+@lru_cache(maxsize=16)
+def names_in(template: str) -> set[str]:
+    """The variables that a template reads, and its words: a field is written as `.tool_calls` or as ['tool_calls']."""
+    _compile(template)
+    words = set(re.findall(r"\w+", template)) - {"tools"}
+    return words | meta.find_undeclared_variables(_environment().parse(template))
+
+
+def _render(
+    messages: Sequence[Mapping[str, object]], template: str, add_prompt: bool, variables: Mapping[str, object]
+) -> str:
+    compiled = _compile(template)
+    present = [_as_transformers(message) for message in messages]
+    given = {"tools": None, "documents": None, "messages": present, "add_generation_prompt": add_prompt, **variables}
+    try:
+        return compiled.render(with_strings(given, partial(_SPAN_EDGE.sub, "")))
+    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"chat_template: {error}") from None
+
+
+def _as_transformers(message: Mapping[str, object]) -> dict[str, object]:
+    """A message as transformers hands it to a template: no null, and its reasoning under both names in use."""
+    present = {key: value for key, value in message.items() if value is not None}
+    reasoning = present.get("reasoning_content")
+    return present if reasoning is None else {"thinking": reasoning, **present}
+
+
+def _split_at_edges(marked: str) -> Rendered:
+    text, spans, start = "", [], 0
+    for part in _SPAN_EDGE.split(marked):
+        if part == _SPAN_START:
+            start = len(text)
+        elif part == _SPAN_END:
+            spans.append((start, len(text)))
+        else:
+            text += part
+    return Rendered(text, spans)
+
+
+def _spans_after_prompts(
+    messages: Sequence[Mapping[str, object]],
+    template: str,
+    variables: Mapping[str, object],
+    text: str,
+    stops: Sequence[str],
+) -> Iterator[Span]:
+    """A span for each answer. Stop tokens that stand in a message are quoted, so that the first one is the template's.
+
+    The turn that a template writes for the last answer may be another one than in the middle of a conversation (Qwen3's
+    has thoughts); only the prompt has to be the same. Where it is not, the answer cannot be found: its span is empty.
+    """
+    end = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(messages[:index], template, True, variables)
+        if not text.startswith(prompt):
+            yield end, end
+            continue
+        ends = [place + len(stop) for stop in stops if (place := text.find(stop, len(prompt))) >= 0]
+        if not ends:
+            raise UserError(
+                f"chat_template: an answer must end with a stop token, got none after message {index + 1}; write "
+                f"{' or '.join(stops) or '{{ eos_token }}'} after its content"
+            )
+        end = min(ends)
+        yield len(prompt), end
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %}: its output between two marks."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        before, after = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (_SPAN_START, _SPAN_END))
+        return [before, *body, after]
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat_template: line {error.lineno}: {error}") from None
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that transformers documents for chat templates: sandboxed, blocks trimmed."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from bitnet_train.data.conversation import Message
 from tests.folders import LLAMA_3_SPLIT
 
 TEXTS = [
@@ -51,13 +52,13 @@ WORDS = (
     "{% if add_generation_prompt %}{{ '[CLS] assistant ' }}{% endif %}"
 )
 
-Chat = list[dict[str, str]]
+Chat = list[Message]
 
 
 def chat(*turns: str) -> Chat:
     """Messages of "u: text", "a: text" and "s: text"."""
     names = {"s": "system", "u": "user", "a": "assistant"}
-    return [{"role": names[turn[0]], "content": turn[3:]} for turn in turns]
+    return [Message(role=names[turn[0]], content=turn[3:]) for turn in turns]
 
 
 CHATS = [

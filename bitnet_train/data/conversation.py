@@ -104,7 +104,7 @@ def messages_of(row: Row) -> list[Message]:
         return messages
 
 
-def unread(fields: Fields, read: set[str], lists: Sequence[str]) -> Iterator[str]:
+def unread(fields: Fields, read: set[str], lists: Sequence[str] = ()) -> Iterator[str]:
     """The names of fields that mean nothing here.
 
     Args:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bitnet_train.data.chat import encode_chat, encode_pair
-from bitnet_train.data.conversation import messages_of, text_of, tools_of, unread_of_conversation
+from bitnet_train.data.conversation import messages_of, text_of, tools_of, unread, unread_of_conversation
 from bitnet_train.data.preference import pair_of, unread_of_pair
 from bitnet_train.data.sources import Row, located
 from bitnet_train.data.store import sequence
@@ -55,7 +55,7 @@ class TextEncoder(Encoder):
 
     def unread(self, row: Row) -> Iterable[str]:
         """See `Encoder.unread`."""
-        return row.fields.keys() - {"text"}
+        return unread(row.fields, {"text"})
 
     @staticmethod
     def _text(row: Row) -> str | UserError:

@@ -241,5 +241,5 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def counts_of(content: dict[str, Any]) -> Counts:
-    first = tuple(map(str, content["bad_first"]))
-    return Counts(int(content["rows"]), int(content["tokens"]), int(content["bad"]), first)
+    first, unread = (tuple(map(str, content[name])) for name in ("bad_first", "unread"))
+    return Counts(int(content["rows"]), int(content["tokens"]), int(content["bad"]), first, unread)

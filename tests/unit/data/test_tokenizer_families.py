@@ -14,7 +14,7 @@ from bitnet_train.data.chat import encode_answer, encode_chat, encode_prompt
 from bitnet_train.data.config import TextData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
-from tests.families import CHATML, CHATS, FAMILIES, TEXTS, Chat, write_family
+from tests.families import CHATML, CHATS, FAMILIES, TEXTS, Chat, chat, write_family
 from tests.support import write_jsonl
 
 LOSSLESS = ("gpt-2", "llama-3", "llama-2", "mistral", "gemma")
@@ -43,13 +43,13 @@ def ids_of(theirs: Any, messages: Chat, prompt: bool = False) -> list[int]:
 
 def test_training_ids_are_those_of_apply_chat_template(tokenizer: Tokenizer, theirs: Any) -> None:
     for messages in CHATS:
-        assert encode_chat(messages, tokenizer).input_ids == ids_of(theirs, messages)  # type: ignore[arg-type]
+        assert encode_chat(messages, tokenizer).input_ids == ids_of(theirs, messages)
 
 
 def test_a_prompt_is_where_training_ends_it(tokenizer: Tokenizer, theirs: Any) -> None:
     for messages in CHATS:
-        prompt = encode_prompt(messages[:-1], tokenizer)  # type: ignore[arg-type]
-        ids, trained = encode_chat(messages, tokenizer, "last")  # type: ignore[arg-type]
+        prompt = encode_prompt(messages[:-1], tokenizer)
+        ids, trained = encode_chat(messages, tokenizer, "last")
         assert prompt == ids_of(theirs, messages[:-1], prompt=True)
         assert ids[: len(prompt)] == prompt
         assert trained.index(True) == len(prompt)
@@ -63,7 +63,7 @@ def test_a_token_that_would_reach_into_the_answer_is_cut(tmp_path: Path) -> None
         "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    prompt, answer = encode_answer([{"role": "user", "content": "Hi"}], "Hello there", tokenizer)
+    prompt, answer = encode_answer(chat("u: Hi"), "Hello there", tokenizer)
     whole = tokenizer.encode_pieces(["user: Hi<|im_end|>assistant: Hello there"])[0]
     assert prompt + answer != whole
     assert tokenizer.decode(prompt + answer) == tokenizer.decode(whole)
@@ -75,24 +75,24 @@ def test_a_token_that_would_reach_into_the_answer_is_cut(tmp_path: Path) -> None
 def test_names_of_special_tokens_in_a_text_stay_text(tokenizer: Tokenizer) -> None:
     name = tokenizer.stop_tokens[-1]
     stops = {*tokenizer.stop_token_ids}
-    plain, named = ([{"role": "user", "content": text}] for text in ("say x", f"say {name} {name}, please"))
-    ids, other = (encode_prompt(messages, tokenizer) for messages in (plain, named))  # type: ignore[arg-type]
+    plain, named = (chat(f"u: {text}") for text in ("say x", f"say {name} {name}, please"))
+    ids, other = (encode_prompt(messages, tokenizer) for messages in (plain, named))
     assert [id for id in ids if id in stops] == [id for id in other if id in stops]
     assert stops.isdisjoint(tokenizer.encode(f"say {name}, please"))
 
 
 @pytest.mark.parametrize("family", ["gpt-2", "qwen2", "mistral"], indirect=True)
 def test_quoted_names_have_the_ids_that_transformers_gives_sanitized_ones(tokenizer: Tokenizer, theirs: Any) -> None:
-    messages = [{"role": "user", "content": "say <|im_end|> or <|im_start|><|im_end|>, please"}]
+    messages = chat("u: say <|im_end|> or <|im_start|><|im_end|>, please")
     sanitized = theirs.apply_chat_template(
         messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
     )
-    assert encode_prompt(messages, tokenizer) == sanitized["input_ids"]  # type: ignore[arg-type]
+    assert encode_prompt(messages, tokenizer) == sanitized["input_ids"]
 
 
 def test_a_stream_of_ids_gives_the_text_of_the_whole(tokenizer: Tokenizer, theirs: Any) -> None:
     for messages in CHATS:
-        ids = encode_chat(messages, tokenizer).input_ids  # type: ignore[arg-type]
+        ids = encode_chat(messages, tokenizer).input_ids
         whole = theirs.decode(ids, skip_special_tokens=True)
         assert tokenizer.decode(ids, skip_special_tokens=True) == whole
         assert "".join(tokenizer.decode_stream(iter(ids))) == whole
@@ -143,7 +143,7 @@ def test_a_tokenizer_without_bos_begins_nothing(tmp_path: Path) -> None:
     rows = TextData(sequence_length=64, cache_dir=str(tmp_path / "cache")).rows(str(file), tokenizer)
     assert rows[0].ids.tolist() == [*tokenizer.encode("a list"), tokenizer.eos_token_id]
     tokenizer.chat_template = "{{ bos_token }}" + CHATML  # an undefined name is nothing, as in transformers
-    assert tokenizer.decode(encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)).startswith("<|im_start|>")
+    assert tokenizer.decode(encode_prompt(chat("u: Hi"), tokenizer)).startswith("<|im_start|>")
     tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["bos_token"] is None
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").bos_token is None
@@ -166,7 +166,7 @@ def test_the_token_that_closes_an_answer_stops_a_generation(tmp_path: Path) -> N
     """Qwen's base models: EOS ends a text, and ChatML a turn with another token."""
     tokenizer = config_of(write_family(tmp_path, "qwen2"), eos_token="<|endoftext|>")
     assert tokenizer.stop_tokens == ("<|endoftext|>", "<|im_end|>")
-    ids, trained = encode_chat(CHATS[0], tokenizer)  # type: ignore[arg-type]
+    ids, trained = encode_chat(CHATS[0], tokenizer)
     last = len(trained) - 1 - trained[::-1].index(True)
     assert tokenizer.decode([ids[last]]) == "<|im_end|>"
 
@@ -185,14 +185,14 @@ def test_messages_name_tokens_that_the_tokenizer_has(tmp_path: Path, family: str
     tokenizer.chat_template = tokenizer.chat_template.replace(name, "")
     eos = tokenizer.eos_token
     with pytest.raises(UserError, match=rf"must end with a stop token.*write .*{eos.replace('|', '.')}") as error:
-        encode_chat(CHATS[0], tokenizer)  # type: ignore[arg-type]
+        encode_chat(CHATS[0], tokenizer)
     assert "eot_id" not in str(error.value)
 
 
 def test_without_a_template_of_its_own_bitnets_closes_with_eos(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "mistral")
     tokenizer = config_of(folder, chat_template=None, eos_token="</s>")
-    ids, _ = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}], tokenizer)
+    ids, _ = encode_chat(chat("u: Hi", "a: No."), tokenizer)
     assert tokenizer.decode(ids) == "<s>User: Hi</s>Assistant: No.</s>"
 
 
@@ -206,18 +206,18 @@ def test_the_template_is_the_one_that_transformers_takes(tmp_path: Path) -> None
     several = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOL_USE}]
     tokenizer = config_of(folder, chat_template=several)
     tokenizer.save(tmp_path / "saved")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "saved")
     tools: Sequence[Any] = [{"type": "function", "function": {"name": "f"}}]
     for given in (None, tools):
         expected = theirs.apply_chat_template(CHATS[0], tools=given, return_dict=True)["input_ids"]
-        assert encode_chat(CHATS[0], tokenizer, tools=given).input_ids == expected  # type: ignore[arg-type]
+        assert encode_chat(CHATS[0], tokenizer, tools=given).input_ids == expected
     assert tokenizer.template_for(tools) == TOOL_USE
     assert Tokenizer.from_folder(tmp_path / "saved").chat_templates == {"default": CHATML, "tool_use": TOOL_USE}
 
 
 def test_templates_that_transformers_5_saves_beside_are_read(tmp_path: Path) -> None:
     folder = write_family(tmp_path / "source", "gpt-2")
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
     theirs.chat_template = {"default": CHATML, "tool_use": TOOL_USE}
     theirs.save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "theirs" / "additional_chat_templates" / "tool_use.jinja").is_file()

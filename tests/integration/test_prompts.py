@@ -1,0 +1,98 @@
+"""An export with a tokenizer of every family: other programs have the prompts of training, or it is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitnet_train.data.chat import encode_prompt
+from bitnet_train.data.tokenizer import Tokenizer, train_bpe
+from bitnet_train.errors import UserError
+from bitnet_train.export import export
+from bitnet_train.export.cli import run
+from bitnet_train.export.llama_process import IK_LLAMA, ask
+from bitnet_train.export.prompts import check_folder, check_gguf, check_prompts, tokenizer_of
+from bitnet_train.export.source import open_source
+from tests.families import FAMILIES, write_family
+from tests.folders import edit_config, write_master
+
+pytest.importorskip("transformers")
+pytest.importorskip("ik_llama_cpp")
+pytestmark = pytest.mark.runtime
+
+IN_GGUF = ("gpt-2", "llama-3")
+
+
+def write_model(folder: Path, family: str) -> tuple[Path, Tokenizer]:
+    """A folder of masters with a tokenizer of the family, as a run writes it."""
+    tokenizer = Tokenizer.from_folder(write_family(folder / "tokenizer", family))
+    write_master(folder / "model", {"vocab_size": 512}, with_tokenizer=False)
+    edit_config(folder / "model", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save(folder / "model")
+    stops = {"eos_token_id": list(tokenizer.stop_token_ids)}
+    (folder / "model" / "generation_config.json").write_text(json.dumps(stops))
+    return folder / "model", tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_the_prompts_of_training(tmp_path: Path, family: str) -> None:
+    model, tokenizer = write_model(tmp_path, family)
+    export(model, tmp_path / "packed")
+    found = check_folder(tokenizer, tmp_path / "packed")
+    assert (found.equal, found.stops, found.cut) == (found.compared, (), 0), found
+    assert found.compared == 36
+    assert tokenizer_of(open_source(tmp_path / "packed")).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ik_llama_has_the_prompts_of_training_or_the_file_is_refused(tmp_path: Path, family: str) -> None:
+    model, tokenizer = write_model(tmp_path, family)
+    if family not in IN_GGUF:
+        with pytest.raises(UserError, match=r"tokenizer.json: (pre_tokenizer|model\.type) must be"):
+            export(model, tmp_path / "model.gguf", format="gguf", type="f16")
+        assert not (tmp_path / "model.gguf").exists()
+        return
+    export(model, tmp_path / "model.gguf", format="gguf", type="f16")
+    found = check_gguf(tokenizer, tmp_path / "model.gguf", IK_LLAMA)
+    assert (found.equal, found.stops) == (found.compared, ()), found
+    assert found.compared == 36
+    back = Tokenizer.from_folder(tmp_path / "model.gguf")
+    assert (back.bos_token, back.stop_token_ids) == (tokenizer.bos_token, tokenizer.stop_token_ids)
+
+
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_a_prompt_has_bos_once_or_never(tmp_path: Path, family: str) -> None:
+    """llama-3's template writes it, ChatML does not: a runtime adds it to the one and not to the other."""
+    model, tokenizer = write_model(tmp_path, family)
+    export(model, tmp_path / "model.gguf", format="gguf", type="f16")
+    ids = ask(IK_LLAMA, tmp_path / "model.gguf", [1], ["Hi"], add_bos=True).ids
+    assert ids == [tokenizer.begun(tokenizer.encode("Hi")) if family == "llama-3" else tokenizer.encode("Hi")]
+
+
+def test_verify_says_what_became_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = write_model(tmp_path, "llama-3")
+    assert run([str(model), str(tmp_path / "packed"), "--format", "safetensors", "--verify"]) == 0
+    assert "; prompts 36 of 36 equal; stop ids equal\n" in capsys.readouterr().out
+
+
+def test_another_template_makes_the_command_fail(tmp_path: Path) -> None:
+    model, tokenizer = write_model(tmp_path, "llama-3")
+    export(model, tmp_path / "packed")
+    config = tmp_path / "packed" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{{ bos_token }}", "{{ bos_token }} "))
+    found = check_folder(tokenizer, tmp_path / "packed")
+    assert not found.agrees
+    assert str(found).startswith("prompts 0 of 36 equal, first 'Hi': [")
+    assert not replace(found, equal=36, stops=(7,)).agrees
+    assert str(replace(found, equal=36, first="", stops=(7,))) == "prompts 36 of 36 equal; does not stop at 7"
+
+
+def test_answers_that_training_cuts_are_counted_apart() -> None:
+    """BitNet's own format: "Assistant: " and an answer share a space."""
+    tokenizer = train_bpe(["Assistant: Yes, 1. "] * 20, 300)
+    found = check_prompts(
+        tokenizer, lambda prompts, stops: ([encode_prompt(prompt, tokenizer) for prompt in prompts], stops)
+    )
+    assert (found.compared, found.equal, found.cut) == (24, 24, 12)
+    assert str(found) == "prompts 24 of 24 equal (12 with earlier answers are cut in training alone); stop ids equal"

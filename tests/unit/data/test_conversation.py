@@ -1,0 +1,285 @@
+"""Rows to conversations: every field is used, refused, or told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitnet_train.data.cache import tokenized
+from bitnet_train.data.chat import encode_chat, encode_pair
+from bitnet_train.data.conversation import messages_of, tools_of, unread_of_conversation
+from bitnet_train.data.encoding import ChatEncoder, Encoder, PairEncoder, TextEncoder
+from bitnet_train.data.preference import Pair, pair_of, unread_of_pair
+from bitnet_train.data.sources import Row
+from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import UserError
+from tests.support import tiny_tokenizer, write_jsonl
+
+ASKED, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+WRITES_ALL = (  # the reasoning of the last answer alone, as in Qwen3's; tools, calls
+    "{% if tools %}{{ tools | tojson + '<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ': ' }}"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{% if loop.last and m.reasoning_content %}{{ '<think>' + m.reasoning_content | trim + '</think>' }}{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def row(**fields: object) -> Row:
+    return Row("rows.jsonl", 7, fields)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WRITES_ALL
+    return tokenizer
+
+
+def trained(tokenizer: Tokenizer, train_on: str = "assistant", **fields: object) -> str:
+    """The text that carries loss, with # between answers."""
+    read = row(**fields)
+    ids, flags = encode_chat(messages_of(read), tokenizer, train_on, tools_of(read))
+    parts: list[list[int]] = [[]]
+    for id, flag in zip(ids, flags, strict=True):
+        parts[-1:] = [[*parts[-1], id]] if flag else [parts[-1], []] if parts[-1] else [[]]
+    return "#".join(tokenizer.decode(part) for part in parts if part)
+
+
+# ---- reasoning ----
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_trained_under_any_of_its_names(tokenizer: Tokenizer, name: str) -> None:
+    said = SAID | {name: " two and two\n"}
+    assert trained(tokenizer, messages=[ASKED, said]) == "<think>two and two</think>4<|eot_id|>"
+    assert trained(tokenizer, conversations=[{"from": "human", "value": "2+2?"}, said]) == (
+        "<think>two and two</think>4<|eot_id|>"
+    )
+
+
+def test_reasoning_that_the_template_does_not_write_is_an_error(tokenizer: Tokenizer) -> None:
+    said = SAID | {"reasoning_content": "two and two"}
+    with pytest.raises(UserError, match="the row has reasoning_content, which the template does not write"):
+        encode_chat(messages_of(row(messages=[ASKED, said])), tiny_tokenizer())
+    with pytest.raises(UserError, match=r"leaves out the reasoning of an answer that is trained.*data.train_on=last"):
+        trained(tokenizer, messages=[ASKED, said, ASKED, said])
+    assert trained(tokenizer, "last", messages=[ASKED, said, ASKED, said]) == "<think>two and two</think>4<|eot_id|>"
+    with pytest.raises(UserError, match=r"messages\[0\].thinking stands in a message of user"):
+        messages_of(row(messages=[ASKED | {"thinking": "hm"}, SAID]))
+
+
+def test_null_and_empty_reasoning_is_none(tokenizer: Tokenizer) -> None:
+    for nothing in (None, ""):
+        assert trained(tokenizer, messages=[ASKED, SAID | {"reasoning_content": nothing}]) == "4<|eot_id|>"
+
+
+def test_answers_that_differ_in_reasoning_alone_are_a_pair(tokenizer: Tokenizer) -> None:
+    chosen, rejected = ([SAID | {"reasoning_content": thought}] for thought in ("two and two", "a guess"))
+    pair = pair_of(row(prompt=[ASKED], chosen=chosen, rejected=rejected))
+    _, *answers = encode_pair(pair, tokenizer)
+    assert [tokenizer.decode(ids) for ids in answers] == [
+        "<think>two and two</think>4<|eot_id|>",
+        "<think>a guess</think>4<|eot_id|>",
+    ]
+
+
+# ---- what is trained ----
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+def test_an_answer_with_a_flag_carries_no_loss(tokenizer: Tokenizer, flag: dict[str, object]) -> None:
+    wrong = SAID | {"content": "5"}
+    messages = [ASKED | flag, wrong | flag, ASKED, SAID | dict.fromkeys(flag, 1)]
+    assert trained(tokenizer, messages=messages) == "4<|eot_id|>"
+    assert "5" not in trained(tokenizer, "all", messages=messages)
+    assert "user" in trained(tokenizer, "all", messages=messages)
+    with pytest.raises(UserError, match="no answer of the conversation is to be trained"):
+        trained(tokenizer, "last", messages=[ASKED, SAID, ASKED, wrong | flag])
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0.5}, {"weight": 2}, {"train": "no"}])
+def test_a_flag_is_yes_or_no(flag: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"messages\[1\]\.\w+ must be 0 or 1 \(false or true\).*got"):
+        messages_of(row(messages=[ASKED, SAID | flag]))
+
+
+def test_only_answers_are_trained() -> None:
+    with pytest.raises(UserError, match=r"messages\[0\].train is true, but only answers are trained, got role user"):
+        messages_of(row(messages=[ASKED | {"train": True}, SAID]))
+    messages_of(row(messages=[ASKED | {"train": False, "weight": 1}, SAID]))
+
+
+def test_the_template_does_not_see_flags(tokenizer: Tokenizer) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson + '<|eot_id|>' }}{% endfor %}"
+    assert "weight" not in trained(tokenizer, "all", messages=[ASKED, SAID | {"weight": 1}])
+    assert "train" not in trained(tokenizer, "all", messages=[ASKED, SAID | {"weight": 0}, ASKED, SAID])
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_a_completion_that_nobody_should_learn_is_refused(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(UserError, match=rf"rows.jsonl:7: {name} is false"):
+        messages_of(row(prompt="Hi", completion="Go away.", **{name: False}))
+    good = row(prompt="Hi", completion="Hello.", **{name: True})
+    assert messages_of(good)[1]["content"] == "Hello."
+    assert list(unread_of_conversation(good.fields)) == []
+    numbered = row(prompt="Hi", completion="Hello.", **{name: 0})
+    assert list(unread_of_conversation(numbered.fields)) == [name]  # a class of something else
+
+
+# ---- Alpaca ----
+
+
+def test_alpacas_history_comes_first() -> None:
+    fields = {"instruction": "And of Spain?", "input": "One word.", "output": "Madrid.", "system": "Be brief."}
+    history = [["Capital of Italy?", "Rome."], ["Of France?", "Paris."]]
+    found = [(m["role"][0], m["content"]) for m in messages_of(row(**fields, history=history))]
+    assert found == [
+        ("s", "Be brief."),
+        *[("u", "Capital of Italy?"), ("a", "Rome."), ("u", "Of France?"), ("a", "Paris.")],
+        *[("u", "And of Spain?\n\nOne word."), ("a", "Madrid.")],
+    ]
+    assert messages_of(row(**fields, history=[])) == messages_of(row(**fields, history=None))
+    with pytest.raises(UserError, match=r"history\[0\] must be \[question, answer\]"):
+        messages_of(row(**fields, history=[["Capital of Italy?"]]))
+
+
+# ---- tools ----
+
+ARGUMENTS = {"city": "Oslo", "days": [1, None]}
+
+
+def call(arguments: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS), json.dumps(ARGUMENTS, indent=1)])
+def test_arguments_are_encoded_once(tokenizer: Tokenizer, arguments: object) -> None:
+    said = {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}
+    assert trained(tokenizer, messages=[ASKED, said]) == f"{json.dumps(ARGUMENTS)}<|eot_id|>"
+
+
+def test_a_template_that_writes_strings_as_they_are_gets_them(tokenizer: Tokenizer) -> None:
+    tokenizer = tiny_tokenizer()
+    test = "call.function.arguments is string"
+    both = f"{{{{ call.function.arguments if {test} else (call.function.arguments | tojson) }}}}"
+    tokenizer.chat_template = WRITES_ALL.replace("{{ call.function.arguments | tojson }}", both)
+    said = {"role": "assistant", "content": None, "tool_calls": [call('{"city":"Oslo"}')]}
+    assert trained(tokenizer, messages=[ASKED, said]) == '{"city":"Oslo"}<|eot_id|>'
+
+
+def test_arguments_that_are_no_json_stay_text(tokenizer: Tokenizer) -> None:
+    said = {"role": "assistant", "content": None, "tool_calls": [call("print(1)")]}
+    assert trained(tokenizer, messages=[ASKED, said]) == '"print(1)"<|eot_id|>'
+
+
+# ---- fields that are not done here ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images": ["a.png"]}, "images: the model reads text alone"),
+        ({"functions": [{"name": "f"}]}, "functions: .*call the field tools"),
+        ({"documents": [{"title": "t"}]}, "documents: templates get no documents"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs: templates get no variables"),
+    ],
+)
+def test_a_field_that_means_something_else_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^rows.jsonl:7: {message}"):
+        messages_of(row(messages=[ASKED, SAID], **fields))
+    with pytest.raises(UserError, match=rf"^rows.jsonl:7: {message}"):
+        pair_of(row(prompt="Hi", chosen="a b", rejected="c d", **fields))
+    messages_of(row(messages=[ASKED, SAID], **dict.fromkeys(fields)))  # null
+
+
+def test_an_old_name_within_a_message_is_refused() -> None:
+    with pytest.raises(UserError, match=r"messages\[1\].function_call: that is OpenAI's old name"):
+        messages_of(row(messages=[ASKED, SAID | {"function_call": {"name": "f", "arguments": "{}"}}]))
+
+
+# ---- fields that mean nothing ----
+
+
+def test_what_is_not_read_is_told(tokenizer: Tokenizer) -> None:
+    shapes: list[dict[str, object]] = [
+        {"messages": [ASKED | {"id": 1}, SAID | {"refusal": None}], "prompt": "2+2?", "prompt_id": "x", "score": None},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "score": 1}], "tools": "[]"},
+        {"instruction": "a", "input": "", "output": "b", "history": None, "system": "s", "text": "whole"},
+        {"prompt": [ASKED], "completion": "4", "source": "web"},
+    ]
+    assert [sorted(unread_of_conversation(fields)) for fields in shapes] == [
+        ["messages[].id", "prompt", "prompt_id"],
+        ["conversations[].score"],
+        ["text"],
+        ["source"],
+    ]
+    pair = {"prompt": "a", "chosen": [SAID | {"score": 3}], "rejected": "c", "score_chosen": 3.0, "messages": [ASKED]}
+    assert sorted(unread_of_pair(pair)) == ["chosen[].score", "messages", "score_chosen"]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "fields", "unread"),
+    [
+        (TextEncoder, {"text": "a"}, "id, source"),
+        (ChatEncoder, {"prompt": "a", "completion": "b"}, "id, source"),
+        (PairEncoder, {"prompt": "a", "chosen": "b", "rejected": "c"}, "id, source"),
+    ],
+)
+def test_columns_not_read_are_named_once_a_start(
+    encoder: type[Encoder],
+    fields: dict[str, object],
+    unread: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [fields, {**fields, "id": 1}, {**fields, "source": "web", "id": 2}, {**fields, "none": None}]
+    file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    for num_proc in (1, 2, 1):  # built twice, and read from the cache
+        tokenized([file], encoder(tiny_tokenizer()), tmp_path / f"cache{num_proc}", num_proc)
+        assert capsys.readouterr().err == f"data: {file}: columns not read: {unread}\n"
+
+
+# ---- the prompt of a pair ----
+
+QUESTION = "What colour has the sky?"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"prompt": QUESTION},
+        {"question": QUESTION},
+        {"query": QUESTION},
+        {"input": QUESTION},
+        {"instruction": QUESTION},
+        {"instruction": QUESTION, "input": "", "history": []},
+        {"messages": [{"role": "user", "content": QUESTION}]},
+        {"conversations": [{"from": "human", "value": QUESTION}]},
+    ],
+)
+def test_a_prompt_under_another_name_is_the_prompt(prompt: dict[str, object]) -> None:
+    """Not what both answers begin with, "It is "."""
+    pair = pair_of(row(**prompt, chosen="It is blue.", rejected="It is green.", system="Be brief."))
+    assert pair == Pair(
+        prompt=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}],
+        chosen=[{"role": "assistant", "content": "It is blue."}],
+        rejected=[{"role": "assistant", "content": "It is green."}],
+    )
+
+
+def test_alpacas_history_belongs_to_the_prompt() -> None:
+    fields = {"instruction": "And of Spain?", "input": "", "history": [["Capital of Italy?", "Rome."]]}
+    pair = pair_of(row(**fields, chosen="Madrid.", rejected="Rome."))
+    assert [m["content"] for m in pair.prompt] == ["Capital of Italy?", "Rome.", "And of Spain?"]
+
+
+def test_a_prompt_under_a_name_that_nobody_knows_is_an_error() -> None:
+    with pytest.raises(UserError, match="stand without a prompt, and ask may be it; call that field prompt"):
+        pair_of(row(ask=QUESTION, chosen="It is blue.", rejected="It is green."))
+    pair = pair_of(row(id="a1", source="web", chosen="The sky is blue.", rejected="The sky is green."))
+    assert pair.prompt == [{"role": "user", "content": "The sky is "}]

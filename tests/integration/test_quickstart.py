@@ -8,7 +8,9 @@ import torch
 
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.evaluation.perplexity import evaluate
+from bitnet_train.export import export
 from bitnet_train.export.runtimes import compare
+from bitnet_train.generate import complete
 from bitnet_train.model.pretrained import load_for_inference
 from tests import forked
 from tests.support import ROOT, python
@@ -77,6 +79,31 @@ def test_transformers_loses_nothing_chats_and_generates(quickstart: Path) -> Non
 
 
 @pytest.mark.runtime
+def test_answers_in_transformers_are_ours(quickstart: Path) -> None:
+    """By the snippet of docs/deploying.md, from a packed folder in float32: the prompt decides, and the tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    trained, packed = quickstart / "runs/quickstart/sft/model", quickstart / "packed32"
+    export(trained, packed, dtype="float32")
+    ours, tokenizer = load_for_inference(trained), Tokenizer.from_folder(trained)
+    theirs = transformers.AutoTokenizer.from_pretrained(packed)
+    lines = (quickstart / "runs/quickstart/data/sft/heldout.jsonl").read_text().splitlines()
+    questions = [json.loads(line)["messages"][0]["content"] for line in lines[:12]]
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype="auto").eval()
+        for question in questions:
+            prompt = theirs.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            found = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            text = theirs.decode(found, skip_special_tokens=True)
+            assert text == complete(ours, tokenizer, question, chat=True, max_new_tokens=12)
+    assert len(questions) == 12
+
+
+@pytest.mark.runtime
 def test_the_runtimes_agree_with_what_was_trained(quickstart: Path) -> None:
     pytest.importorskip("ik_llama_cpp")
     folder = quickstart / "runs/quickstart"
@@ -87,4 +114,6 @@ def test_the_runtimes_agree_with_what_was_trained(quickstart: Path) -> None:
         (report,) = compare(folder / "dpo", folder / written, quickstart / "heldout.txt")
         assert report.agreement is not None, report
         assert report.agreement.kl < 5e-3
+        assert report.prompts is not None
+        assert report.prompts.agrees, report
         assert report.agreement.perplexity_ratio == pytest.approx(1, abs=0.01)

@@ -15,7 +15,7 @@ from bitnet_train.export.runtimes import agreement, compare, take_sample, transf
 from bitnet_train.export.source import open_source
 from bitnet_train.generate import generate
 from bitnet_train.model.pretrained import load_for_inference
-from tests.folders import TEXT, write_master
+from tests.folders import BOS, TEXT, write_master
 from tests.integration.conftest import SHAPE, Trained
 
 transformers = pytest.importorskip("transformers")
@@ -97,6 +97,8 @@ def test_the_tokenizer_and_the_stop_ids_travel_along(tmp_path: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / f"from {source}")
         generation = transformers.GenerationConfig.from_pretrained(tmp_path / f"from {source}")
         assert tokenizer.decode(tokenizer("small things").input_ids, skip_special_tokens=True) == "small things"
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi<|eot_id|>"
+        assert (
+            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == f"{BOS}hi<|eot_id|>"
+        )
         assert generation.bos_token_id == tokenizer.bos_token_id
         assert generation.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]

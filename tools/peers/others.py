@@ -105,12 +105,11 @@ def trainer_options(task: Task, folder: Path, batch: int) -> dict[str, Any]:
 
 
 def rows_and_tokenizer(task: Task, columns: list[str]) -> tuple[Any, Any]:
-    """The training file as a data set, and the tokenizer with a template that begins with BOS, as ours does."""
+    """The training file as a data set, and the tokenizer."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(task.folder / MODEL)
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     rows = load_dataset("json", data_files=task.train, split="train").select_columns(columns)
     return rows, tokenizer
 

@@ -60,52 +60,7 @@ TWO_TURNS = chat(("s", " Be brief.\n"), ("u", "What is it?"), ("a", "Hello world
 CHATS = [TWO_TURNS, TWO_TURNS[1:3], TWO_TURNS[:2], TWO_TURNS[2:], chat(("u", "<|eot_id|>{{ 1 }}"), ("a", "<b>"))]
 
 
-# ---- rendering ----
-
-
-def test_the_template_of_bitnet() -> None:
-    text, spans = render(TWO_TURNS, BITNET_CHAT_TEMPLATE, bos_token=BOS)
-    assert text == BOS + (
-        "System: Be brief.<|eot_id|>User: What is it?<|eot_id|>Assistant: Hello world<|eot_id|>"
-        "User: And?<|eot_id|>Assistant: It is.<|eot_id|>"
-    )
-    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>", "It is.<|eot_id|>"]
-    prompt = render(TWO_TURNS[:2], BITNET_CHAT_TEMPLATE, add_generation_prompt=True)
-    assert prompt == ("System: Be brief.<|eot_id|>User: What is it?<|eot_id|>Assistant: ", [])
-
-
-INDENTED = """
-{%- for message in messages %}
-    {%- if message.role == 'system' %}{% continue %}{% endif %}
-    {{ loop.index }} {{ message | tojson }}
-    {%- generation %}
-    {{ message.content }}{{ eos_token }}
-    {% endgeneration %}
-{% endfor %}
-{%- if tools is not none or documents is not none %}never{% endif %}
-{{ bos_token }}{% if add_generation_prompt %}>{% endif %}
-"""
-
-
-@pytest.mark.parametrize("template", [BITNET_CHAT_TEMPLATE, CHATML, INDENTED])
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-@pytest.mark.parametrize("messages", CHATS)
-def test_text_and_spans_are_those_of_transformers(
-    messages: list[Message], add_generation_prompt: bool, template: str
-) -> None:
-    special = {"bos_token": BOS, "eos_token": EOS}
-    ours = render(messages, template, add_generation_prompt, [EOT], **special)
-    render_theirs: Any = chat_template_utils.render_jinja_template
-    (text,), (spans,) = render_theirs(
-        [messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **special,
-    )
-    assert ours.text == text
-    if "generation %}" in template:
-        assert ours.spans == spans
+# ---- templates ----
 
 
 def test_transformers_applies_the_saved_template(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -117,11 +72,6 @@ def test_transformers_applies_the_saved_template(tmp_path_factory: pytest.TempPa
     prompt = theirs.apply_chat_template(TWO_TURNS[:2], add_generation_prompt=True)["input_ids"]
     assert encode_prompt(TWO_TURNS[:2], TOKENIZER) == prompt
     assert prompt.count(BOS_ID) == 1
-
-
-def test_without_generation_blocks_a_span_goes_from_the_prompt_to_the_stop_token() -> None:
-    text, spans = render(TWO_TURNS, CHATML, stops=[EOT])
-    assert [text[start:end] for start, end in spans] == ["Hello world<|eot_id|>", "It is.\n<|eot_id|>"]
 
 
 def test_an_answer_that_cannot_be_found_may_not_be_trained() -> None:
@@ -143,24 +93,6 @@ def test_the_last_answer_can_be_trained_where_earlier_ones_cannot_be_found() -> 
     assert trained_parts(TWO_TURNS, tokenizer, "last") == [f" It is.\n{EOS}"]
     with pytest.raises(UserError, match="changes with what follows"):
         encode_chat(TWO_TURNS, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for %}", "chat_template: line 1"),
-        ("{{ raise_exception('no system message') }}", "chat_template: no system message"),
-        ("{{ messages.append(1) }}", "chat_template: .*unsafe"),
-        ("{{ ''.__class__.__mro__ }}", "chat_template: .*unsafe"),
-        ("{{ 1 + none }}", "chat_template: unsupported operand"),
-        ("{{ missing.field }}", "chat_template: 'missing' is undefined"),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "chat_template: Range too big"),
-        ("{% include 'other' %}", "chat_template: no loader"),
-    ],
-)
-def test_templates_that_fail_or_leave_the_sandbox(template: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        render(TWO_TURNS, template)
 
 
 # ---- conversations ----

@@ -1,13 +1,14 @@
 """Rows to conversations: every field is used, refused, or told."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from bitnet_train.data.cache import tokenized
 from bitnet_train.data.chat import encode_chat, encode_pair
-from bitnet_train.data.conversation import messages_of, tools_of, unread_of_conversation
+from bitnet_train.data.conversation import Message, messages_of, text_of, tools_of, unread_of_conversation
 from bitnet_train.data.encoding import ChatEncoder, Encoder, PairEncoder, TextEncoder
 from bitnet_train.data.preference import Pair, pair_of, unread_of_pair
 from bitnet_train.data.sources import Row
@@ -47,6 +48,136 @@ def trained(tokenizer: Tokenizer, train_on: str = "assistant", **fields: object)
     for id, flag in zip(ids, flags, strict=True):
         parts[-1:] = [[*parts[-1], id]] if flag else [parts[-1], []] if parts[-1] else [[]]
     return "#".join(tokenizer.decode(part) for part in parts if part)
+
+
+def said(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+# ---- texts ----
+
+
+def test_text_of() -> None:
+    assert text_of(row(text=" as it is\n", id=3)) == " as it is\n"
+    assert text_of(row(text="")) == ""
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"content": "a", "id": 1}, r'^rows\.jsonl:7: no field "text"; the row has content, id$'),
+        ({"text": None}, r"^rows\.jsonl:7: text must be a string, got null"),
+        ({"text": ["a"]}, "got a list"),
+        ({"text": "a\0b"}, "NUL"),
+        ({"text": "a\ud800b"}, "lone surrogates"),
+    ],
+)
+def test_bad_texts(bad: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        text_of(row(**bad))
+
+
+# ---- conversations ----
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+SYSTEM = {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [{**USER, "name": None}, {**ASSISTANT, "tool_calls": None}], "conversations": None},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": 1},
+        {"conversations": [USER, ASSISTANT]},
+        {"instruction": "Q", "input": "", "output": "A"},
+        {"instruction": "Q", "output": "A"},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+    ],
+)
+def test_shapes_of_conversations(shape: dict[str, object]) -> None:
+    assert said(messages_of(row(**shape))) == [("user", "Q"), ("assistant", "A")]
+    with_system = said(messages_of(row(**shape, system="S")))
+    assert with_system == [("system", "S"), ("user", "Q"), ("assistant", "A")]
+
+
+def test_the_input_of_alpaca_follows_the_instruction() -> None:
+    assert messages_of(row(instruction="Q", input="I", output="A"))[0]["content"] == "Q\n\nI"
+
+
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_tools_may_answer_between_two_messages_of_the_assistant() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    answer = {"role": "tool", "content": "2", "name": "f"}
+    messages = messages_of(row(messages=[USER, call, answer, answer, ASSISTANT, USER, ASSISTANT]))
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": CALLS}
+    assert messages[2] == messages[3] == answer
+    turns = [("human", "Q"), ("function_call", "f(1)"), ("observation", "2"), ("gpt", "A")]
+    sharegpt = messages_of(row(conversations=[{"from": role, "value": text} for role, text in turns]))
+    assert [message["role"] for message in sharegpt] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_a_list_or_the_json_of_one(given: object) -> None:
+    assert tools_of(row(tools=given)) == TOOLS
+
+
+@pytest.mark.parametrize("given", [None, [], "", "[]"])
+def test_no_tools(given: object) -> None:
+    assert tools_of(row(tools=given)) is None
+    assert tools_of(row()) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[", r"^rows\.jsonl:7: tools is no JSON"),
+        ({"name": "f"}, r"^rows\.jsonl:7: tools must be a list of objects, .*got an object"),
+        ('"f"', "got a string"),
+        (["f"], "tools must be a list of objects"),
+    ],
+)
+def test_bad_tools(given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tools_of(row(tools=given))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"text": "a", "id": 1}, r"^rows\.jsonl:7: no conversation: looked for .*the row has text, id$"),
+        ({}, "no fields"),
+        ({"messages": []}, "messages must be a list of messages, got an empty list"),
+        ({"messages": "hi"}, "messages must be a list of messages, got a string"),
+        ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"messages\[1\]\.content is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"content must be a string, got null"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"content must be a string, got null"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"text": "A"}]}]}, "must be a string, got a list"),
+        ({"messages": [USER, {"role": "bot", "content": "A"}]}, r"messages\[1\]\.role must be one of .*, got 'bot'"),
+        ({"messages": [USER, {"role": "tool", "content": "A"}]}, r"take turns, user first; turn 2 is tool"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "f()"}]}, r"\[1\]\.tool_calls must be a list of obj"),
+        ({"messages": [USER, ASSISTANT, {"role": "tool", "content": "A", "name": 3}]}, r"\[2\]\.name must be a string"),
+        ({"messages": [{"content": "A"}]}, "got None"),
+        ({"conversations": [{"from": "bot", "value": "A"}]}, r"conversations\[0\]\.from must be one of .*, got 'bot'"),
+        ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "first and the only one"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "first and the only one"),
+        ({"messages": [SYSTEM, USER]}, "no assistant message"),
+        ({"messages": [USER, {"role": "assistant", "content": "a\0"}]}, "NUL"),
+        ({"messages": [USER, {"role": "assistant", "content": "\udc80"}]}, "lone surrogates"),
+        ({"instruction": "Q", "output": ""}, "output is empty"),
+        ({"instruction": "Q", "input": 3, "output": "A"}, "input must be a string, got int"),
+        ({"prompt": "Q", "completion": None}, "no conversation"),
+    ],
+)
+def test_bad_conversations(shape: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        messages_of(row(**shape))
+    assert str(caught.value).startswith("rows.jsonl:7: ")
 
 
 # ---- reasoning ----

@@ -27,6 +27,81 @@ def saved(folder: Path, count: int = 5, shards: int = 2) -> Path:
     return folder
 
 
+# ---- names ----
+
+
+def test_expand_is_sorted_and_without_repetition(tmp_path: Path) -> None:
+    found = [
+        "a.txt",
+        "b.jsonl",
+        "c.json.xz",
+        "d/a.arrow",
+        "d/b/c.parquet",
+        *(f"e{number}.jsonl" for number in range(9)),
+    ]
+    for name in [*found[::-1], "README.md", ".hidden.jsonl", ".cache/d.jsonl", "state.json"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    paths = [str(tmp_path / name) for name in found]
+    assert expand(str(tmp_path)) == paths
+    assert expand([paths[3], str(tmp_path / "*.jsonl"), str(tmp_path), paths[0]]) == paths
+    assert expand(str(tmp_path / "**" / "*.parquet")) == paths[4:5]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl", "a/missing.parquet", "empty", "missing"])
+def test_what_matches_nothing_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="check the path"):
+        read_rows(str(tmp_path / name))
+
+
+def test_no_path_at_all_is_an_error() -> None:
+    with pytest.raises(UserError, match="no data path"):
+        read_rows([])
+
+
+def test_an_unknown_format_is_an_error_even_in_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a.csv.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a\.csv\.gz: unknown format '\.csv'; \.txt \.jsonl"):
+        expand(str(tmp_path / "*"))
+
+
+def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        asked = {"name": name, "config": config, "split": split, "streaming": streaming}
+        return datasets.Dataset.from_list([asked]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (plain,) = read_rows("owner/name")
+    assert plain.fields == {"name": "owner/name", "config": None, "split": "train", "streaming": True}
+    (full,) = read_rows("owner/name-1.0:small@test_sft")
+    assert full.fields == {"name": "owner/name-1.0", "config": "small", "split": "test_sft", "streaming": True}
+    assert full.where == "owner/name-1.0:small@test_sft:1"
+
+
+def test_a_hub_that_has_no_such_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^data/train: no such local path.*no dataset"):
+        list(read_rows("data/train"))
+
+
+def test_a_local_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "a.txt").write_text("here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(datasets, "load_dataset")
+    assert [row.fields for row in read_rows("owner/name")] == [{"text": "here"}]
+
+
+def test_a_file_name_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data/train\.jsonl: no such file or folder"):
+        read_rows("data/train.jsonl")
+
+
 # ---- save_to_disk ----
 
 

@@ -3,16 +3,13 @@
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
 
-from bitnet_train.data.conversation import Message, messages_of, text_of, tools_of
-from bitnet_train.data.paths import expand
 from bitnet_train.data.readers import START, read_from
 from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.errors import UserError
@@ -48,14 +45,6 @@ def write_table(path: Path) -> None:
 
 def fields(rows: Iterator[Row]) -> list[dict[str, object]]:
     return [row.fields for row in rows]
-
-
-def row(**of: object) -> Row:
-    return Row("rows.jsonl", 7, of)
-
-
-def said(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in messages]
 
 
 # ---- formats ----
@@ -119,81 +108,6 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
         next(rows)
 
 
-# ---- paths ----
-
-
-def test_expand_is_sorted_and_without_repetition(tmp_path: Path) -> None:
-    found = [
-        "a.txt",
-        "b.jsonl",
-        "c.json.xz",
-        "d/a.arrow",
-        "d/b/c.parquet",
-        *(f"e{number}.jsonl" for number in range(9)),
-    ]
-    for name in [*found[::-1], "README.md", ".hidden.jsonl", ".cache/d.jsonl", "state.json"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    paths = [str(tmp_path / name) for name in found]
-    assert expand(str(tmp_path)) == paths
-    assert expand([paths[3], str(tmp_path / "*.jsonl"), str(tmp_path), paths[0]]) == paths
-    assert expand(str(tmp_path / "**" / "*.parquet")) == paths[4:5]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl", "a/missing.parquet", "empty", "missing"])
-def test_what_matches_nothing_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="check the path"):
-        read_rows(str(tmp_path / name))
-
-
-def test_no_path_at_all_is_an_error() -> None:
-    with pytest.raises(UserError, match="no data path"):
-        read_rows([])
-
-
-def test_an_unknown_format_is_an_error_even_in_a_glob(tmp_path: Path) -> None:
-    (tmp_path / "a.csv.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.csv\.gz: unknown format '\.csv'; \.txt \.jsonl"):
-        expand(str(tmp_path / "*"))
-
-
-def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
-        asked = {"name": name, "config": config, "split": split, "streaming": streaming}
-        return datasets.Dataset.from_list([asked]).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (plain,) = read_rows("owner/name")
-    assert plain.fields == {"name": "owner/name", "config": None, "split": "train", "streaming": True}
-    (full,) = read_rows("owner/name-1.0:small@test_sft")
-    assert full.fields == {"name": "owner/name-1.0", "config": "small", "split": "test_sft", "streaming": True}
-    assert full.where == "owner/name-1.0:small@test_sft:1"
-
-
-def test_a_hub_that_has_no_such_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_: object, **__: object) -> None:
-        raise FileNotFoundError("no dataset")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^data/train: no such local path.*no dataset"):
-        list(read_rows("data/train"))
-
-
-def test_a_local_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    (tmp_path / "owner" / "name" / "a.txt").write_text("here")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr(datasets, "load_dataset")
-    assert fields(read_rows("owner/name")) == [{"text": "here"}]
-
-
-def test_a_file_name_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^data/train\.jsonl: no such file or folder"):
-        read_rows("data/train.jsonl")
-
-
 # ---- damaged files ----
 
 
@@ -241,129 +155,3 @@ def test_a_truncated_download_is_an_error(tmp_path: Path, compression: str) -> N
     path.write_bytes(COMPRESSIONS[compression](JSON_LINES)[:-9])
     with pytest.raises(UserError, match="cannot be read"):
         list(read_rows(str(path)))
-
-
-# ---- texts ----
-
-
-def test_text_of() -> None:
-    assert text_of(row(text=" as it is\n", id=3)) == " as it is\n"
-    assert text_of(row(text="")) == ""
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"content": "a", "id": 1}, r'^rows\.jsonl:7: no field "text"; the row has content, id$'),
-        ({"text": None}, r"^rows\.jsonl:7: text must be a string, got null"),
-        ({"text": ["a"]}, "got a list"),
-        ({"text": "a\0b"}, "NUL"),
-        ({"text": "a\ud800b"}, "lone surrogates"),
-    ],
-)
-def test_bad_texts(bad: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        text_of(row(**bad))
-
-
-# ---- conversations ----
-
-USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-SYSTEM = {"role": "system", "content": "S"}
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"messages": [USER, ASSISTANT]},
-        {"messages": [{**USER, "name": None}, {**ASSISTANT, "tool_calls": None}], "conversations": None},
-        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": 1},
-        {"conversations": [USER, ASSISTANT]},
-        {"instruction": "Q", "input": "", "output": "A"},
-        {"instruction": "Q", "output": "A"},
-        {"prompt": "Q", "completion": "A"},
-        {"prompt": [USER], "completion": [ASSISTANT]},
-    ],
-)
-def test_shapes_of_conversations(shape: dict[str, object]) -> None:
-    assert said(messages_of(row(**shape))) == [("user", "Q"), ("assistant", "A")]
-    with_system = said(messages_of(row(**shape, system="S")))
-    assert with_system == [("system", "S"), ("user", "Q"), ("assistant", "A")]
-
-
-def test_the_input_of_alpaca_follows_the_instruction() -> None:
-    assert messages_of(row(instruction="Q", input="I", output="A"))[0]["content"] == "Q\n\nI"
-
-
-CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-
-
-def test_tools_may_answer_between_two_messages_of_the_assistant() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
-    answer = {"role": "tool", "content": "2", "name": "f"}
-    messages = messages_of(row(messages=[USER, call, answer, answer, ASSISTANT, USER, ASSISTANT]))
-    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": CALLS}
-    assert messages[2] == messages[3] == answer
-    turns = [("human", "Q"), ("function_call", "f(1)"), ("observation", "2"), ("gpt", "A")]
-    sharegpt = messages_of(row(conversations=[{"from": role, "value": text} for role, text in turns]))
-    assert [message["role"] for message in sharegpt] == ["user", "assistant", "tool", "assistant"]
-
-
-@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)])
-def test_tools_are_a_list_or_the_json_of_one(given: object) -> None:
-    assert tools_of(row(tools=given)) == TOOLS
-
-
-@pytest.mark.parametrize("given", [None, [], "", "[]"])
-def test_no_tools(given: object) -> None:
-    assert tools_of(row(tools=given)) is None
-    assert tools_of(row()) is None
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("[", r"^rows\.jsonl:7: tools is no JSON"),
-        ({"name": "f"}, r"^rows\.jsonl:7: tools must be a list of objects, .*got an object"),
-        ('"f"', "got a string"),
-        (["f"], "tools must be a list of objects"),
-    ],
-)
-def test_bad_tools(given: object, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        tools_of(row(tools=given))
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"text": "a", "id": 1}, r"^rows\.jsonl:7: no conversation: looked for .*the row has text, id$"),
-        ({}, "no fields"),
-        ({"messages": []}, "messages must be a list of messages, got an empty list"),
-        ({"messages": "hi"}, "messages must be a list of messages, got a string"),
-        ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
-        ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"messages\[1\]\.content is empty"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"content must be a string, got null"),
-        ({"messages": [USER, {"role": "assistant"}]}, r"content must be a string, got null"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"text": "A"}]}]}, "must be a string, got a list"),
-        ({"messages": [USER, {"role": "bot", "content": "A"}]}, r"messages\[1\]\.role must be one of .*, got 'bot'"),
-        ({"messages": [USER, {"role": "tool", "content": "A"}]}, r"take turns, user first; turn 2 is tool"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": "f()"}]}, r"\[1\]\.tool_calls must be a list of obj"),
-        ({"messages": [USER, ASSISTANT, {"role": "tool", "content": "A", "name": 3}]}, r"\[2\]\.name must be a string"),
-        ({"messages": [{"content": "A"}]}, "got None"),
-        ({"conversations": [{"from": "bot", "value": "A"}]}, r"conversations\[0\]\.from must be one of .*, got 'bot'"),
-        ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "first and the only one"),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, "first and the only one"),
-        ({"messages": [SYSTEM, USER]}, "no assistant message"),
-        ({"messages": [USER, {"role": "assistant", "content": "a\0"}]}, "NUL"),
-        ({"messages": [USER, {"role": "assistant", "content": "\udc80"}]}, "lone surrogates"),
-        ({"instruction": "Q", "output": ""}, "output is empty"),
-        ({"instruction": "Q", "input": 3, "output": "A"}, "input must be a string, got int"),
-        ({"prompt": "Q", "completion": None}, "no conversation"),
-    ],
-)
-def test_bad_conversations(shape: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        messages_of(row(**shape))
-    assert str(caught.value).startswith("rows.jsonl:7: ")

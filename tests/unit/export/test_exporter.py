@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
 from bitnet_train.export.source import open_source
 from bitnet_train.export.targets import TARGETS, refusal
@@ -120,11 +121,12 @@ def test_masters_of_bfloat16_export_exactly(tmp_path: Path) -> None:
     assert config_of(tmp_path / "copy")["torch_dtype"] == "bfloat16"
 
 
-def test_an_untied_head_is_written_and_remarked(tmp_path: Path) -> None:
+def test_an_untied_head_is_written_where_readers_use_it(tmp_path: Path) -> None:
     write_master(tmp_path / "master", {"tie_word_embeddings": False})
-    result = export(tmp_path / "master", tmp_path / "model.gguf", format="gguf")
+    export(tmp_path / "master", tmp_path / "model.gguf", format="gguf", type="f16")
     assert GGUFFile(tmp_path / "model.gguf").tensors["output.weight"].shape == (304, 128)
-    assert "bitnet.cpp computes the logits with the embedding" in result.notes[0]
+    with pytest.raises(UserError, match=r"tie_word_embeddings must be true for i2_s, whose reader bitnet.cpp computes"):
+        export(tmp_path / "master", tmp_path / "other.gguf", format="gguf")
     export(tmp_path / "master", tmp_path / "packed")
     assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
 
@@ -220,8 +222,8 @@ def test_codes_and_scales_over_the_space_of_models(
     source = open_source(tmp_path / "master")
     masters = load_file(tmp_path / "master" / "model.safetensors")
     targets = [target for target in TARGETS if refusal(source, target) is None]
-    assert len(targets) == {(False, True, "relu2"): 7, (False, True, "silu"): 9}.get(
-        (bias, tied, act), 2 if bias else 3 if act == "silu" else 7
+    assert len(targets) == {(False, True, "relu2"): 7, (False, True, "silu"): 9, (False, False, "relu2"): 6}.get(
+        (bias, tied, act), 2 if bias else 3
     )
     for number, target in enumerate(targets):
         how = {"gguf": {"type": target.variant}, "safetensors": {"linear_class": target.variant}, "master": {}}

@@ -53,6 +53,31 @@ def test_special_ids_and_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert found["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
+def test_bos_is_added_where_the_template_writes_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A runtime that adds BOS puts it in front of a conversation, too."""
+    added = "tokenizer.ggml.add_bos_token"
+    edit(tmp_path, "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert metadata(tmp_path)[added] is False
+    edit(tmp_path, "tokenizer_config.json", chat_template=None)
+    assert metadata(tmp_path)[added] is True
+    edit(tmp_path, "tokenizer_config.json", add_bos_token=False)
+    assert metadata(tmp_path)[added] is False
+
+
+def test_a_tokenizer_without_bos_has_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Qwen2's: null, though LLaMA-3's name is a token here."""
+    edit(tmp_path, "tokenizer_config.json", bos_token=None)
+    found = metadata(tmp_path)
+    assert "tokenizer.ggml.bos_token_id" not in found
+    assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_what_generation_config_stops_at_travels_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    eos, eot = (tokenizer.token_to_id(token) for token in (EOS, EOT))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 7]}))
+    assert TokenizerFiles(tmp_path, {"vocab_size": 304}).stop_ids == [eos, 7, eot]
+
+
 def test_merges_may_be_strings_and_added_tokens_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     added = [{"id": 300, "content": "word", "special": False}]
@@ -111,7 +136,10 @@ def test_gpt_2_is_the_expression_of_byte_level_alone(tmp_path: Path, tokenizer: 
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
             "pre_tokenizer must be",
         ),
-        ({"model": {"type": "Unigram", "vocab": []}}, r"model\.type must be BPE, got 'Unigram'"),
+        (
+            {"model": {"type": "Unigram", "vocab": []}},
+            r"model\.type must be BPE for GGUF, got 'Unigram'; use --format safetensors",
+        ),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, r"model\.merges must not be empty"),
         (
             {"added_tokens": [{"id": 304, "content": "x", "special": True}]},

@@ -228,3 +228,25 @@ def test_several_templates_without_a_default_are_an_error(tmp_path: Path) -> Non
     folder = write_family(tmp_path, "gpt-2")
     with pytest.raises(UserError, match="must have one named default, got rag, tool_use"):
         config_of(folder, chat_template=[{"name": name, "template": CHATML} for name in ("rag", "tool_use")])
+
+
+def test_a_folder_that_transformers_saved_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """save_pretrained of version 5: the template in a file of its own, roles in tokenizer_config.json."""
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "source")
+    if type(theirs).__name__ == "Qwen2Tokenizer":
+        pytest.skip("transformers' class has a split rule of its own: see test_what_is_saved_is_taken_as_it_is")
+    theirs.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "chat_template.jinja").is_file()
+    again = Tokenizer.from_folder(tmp_path / "again")
+    assert again.template_variables == tokenizer.template_variables
+    for messages in CHATS:
+        assert encode_chat(messages, again) == encode_chat(messages, tokenizer)
+
+
+def test_what_is_saved_is_taken_as_it_is(tmp_path: Path) -> None:
+    """transformers' Qwen2Tokenizer cuts numbers from their spaces, whatever tokenizer.json says."""
+    tokenizer = config_of(write_family(tmp_path / "source", "gpt-2"), tokenizer_class="Qwen2Tokenizer")
+    tokenizer.save(tmp_path / "saved")
+    source, kept = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("source", "saved"))
+    assert source(TEXTS[0]).input_ids != tokenizer.encode(TEXTS[0])  # so that the class matters
+    assert kept(TEXTS[0]).input_ids == tokenizer.encode(TEXTS[0])

@@ -162,3 +162,11 @@ def test_a_chat_in_a_terminal_ends_with_ctrl_c(model: Path, expected: Callable[.
     os.write(terminal, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     os.close(terminal)
+
+
+def test_a_prompt_ends_at_a_line_feed_alone(run: Run, tmp_path: Path) -> None:
+    """Form feeds, separators of Unicode and carriage returns within a line are parts of a prompt."""
+    prompts = ["one\u2028two", "three\x0cfour", "five\x85six", "se\rven"]
+    (tmp_path / "p.txt").write_bytes("\r\n".join([*prompts, "", " "]).encode())
+    lines = run("--prompts", str(tmp_path / "p.txt"))[1].split("\n")
+    assert [json.loads(line)["prompt"] for line in lines if line] == prompts

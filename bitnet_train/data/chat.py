@@ -122,7 +122,7 @@ def chat_pieces(
     Names of special tokens in the messages are quoted, for `Tokenizer.encode_pieces`.
     """
     template = tokenizer.template_for(tools)
-    _check_place(messages, tools, template)
+    _check_place(messages, tools, template, tokenizer.chat_templates)
     given = [_for_template(message, template) for message in messages]
     quoted, tools = with_strings(given, tokenizer.quote), with_strings(tools, tokenizer.quote)
     variables = tokenizer.template_variables
@@ -145,7 +145,7 @@ def _for_template(message: Message, template: str) -> dict[str, object]:
     return given
 
 
-def _check_place(messages: Sequence[Message], tools: Tools, template: str) -> None:
+def _check_place(messages: Sequence[Message], tools: Tools, template: str, others: Mapping[str, str]) -> None:
     """transformers would leave out without a word what the template does not write."""
     has = {
         "tools": (bool(tools), {"tools"}),
@@ -154,7 +154,10 @@ def _check_place(messages: Sequence[Message], tools: Tools, template: str) -> No
     }
     for name, (given, written) in has.items():
         if given and not written & names_in(template):
-            raise UserError(f"chat_template: the row has {name}, which the template does not write; give one that does")
+            remedy = "give one that does"
+            if not tools and written & names_in(others.get("tool_use", "")):
+                remedy = "give the row tools: the template tool_use, which is taken for rows with tools, does"
+            raise UserError(f"chat_template: the row has {name}, which the template does not write; {remedy}")
 
 
 def _reasoning_of(message: Mapping[str, object]) -> str:

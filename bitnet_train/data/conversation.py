@@ -3,9 +3,9 @@
     {"messages": [{"role", "content"}]}                      {"conversations": [{"from", "value"}]} (ShareGPT)
     {"instruction", "input", "output", "history"} (Alpaca)   {"prompt", "completion"}, strings or message lists
 
-A field "system" beside any of them comes first, a field "tools" reaches the chat template. A field that means something
-is used or refused; one that means nothing to training (id, source, score) is told (`unread`), so that nobody believes
-that it was used.
+A field "system" or "system_prompt" beside any of them comes first, a field "tools" reaches the chat template. A field
+that means something is used or refused; one that means nothing to training (id, source, score) is told (`unread`), so
+that nobody believes that it was used.
 """
 
 import json
@@ -24,7 +24,7 @@ _ROLES = {
 _FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # in the order in which transformers looks for it
-_FLAGS = ("weight", "train", "loss")  # OpenAI and mistral-finetune; axolotl; ms-swift
+_FLAGS = ("weight", "train", "training", "loss")  # OpenAI and mistral-finetune; axolotl, both; ms-swift
 _OF_MESSAGES = {"role", "content", "from", "value", "tool_calls", "name", "tool_call_id", *_REASONING, *_FLAGS}
 _TEXT_ALONE = "the model reads text alone; drop the row"
 _REFUSED = {
@@ -76,7 +76,7 @@ SHAPES = (  # the first whose fields are there and not null
     Shape(("instruction", "output"), ("input", "history"), _alpaca),
     Shape(("prompt", "completion"), (), _completed),
 )
-_BESIDE = {"system", "tools"}
+BESIDE = {"system", "system_prompt", "tools"}
 _VERDICTS = ("label", "kto_tag")  # of a completion: TRL's and LLaMA-Factory's names in KTO's rows
 
 
@@ -125,14 +125,14 @@ def unread_of_conversation(fields: Fields) -> Iterator[str]:
     """`unread` of a row that `messages_of` has read."""
     shape = _shape_of(fields)
     verdicts = {name for name in _VERDICTS if isinstance(fields.get(name), bool)}
-    return unread(fields, {*shape.fields, *shape.options, *_BESIDE, *verdicts}, shape.fields)
+    return unread(fields, {*shape.fields, *shape.options, *BESIDE, *verdicts}, shape.fields)
 
 
-def check_fields(fields: Fields) -> None:
+def check_fields(fields: Mapping[str, object]) -> None:
     """Refuses a row or a message with a field that means something which is not done here."""
-    for name, reason in _REFUSED.items():
-        if fields.get(name):
-            raise UserError(f"{name}: {reason}")
+    for name in _REFUSED.keys() & fields.keys():
+        if fields[name]:
+            raise UserError(f"{name}: {_REFUSED[name]}")
 
 
 def tools_of(row: Row) -> list[object] | None:
@@ -207,7 +207,7 @@ def _parse_message(entry: object, where: str) -> Message:
     if not isinstance(given, str) or given not in _ROLES:
         raise UserError(f"{where}.{role_key} must be one of {', '.join(_ROLES)}, got {given!r}")
     try:
-        check_fields(dict(entry))
+        check_fields(entry)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
     role, calls, content = _ROLES[given], entry.get("tool_calls"), entry.get(content_key)
@@ -284,9 +284,10 @@ def with_parsed_arguments(calls: Sequence[object]) -> list[object]:
 
 
 def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
-    """The messages with the row's field "system", if it has one, in front."""
-    system = fields.get("system")
-    return [as_message("system", system, "system"), *messages] if system else messages
+    """The messages with the row's system message, if it has one, in front."""
+    name = "system" if fields.get("system") else "system_prompt"
+    system = fields.get(name)
+    return [as_message("system", system, name), *messages] if system else messages
 
 
 def check_order(messages: Sequence[Message]) -> None:

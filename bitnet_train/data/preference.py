@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitnet_train.data.conversation import (
+    BESIDE,
     Message,
     as_message,
     as_messages,
@@ -69,7 +70,7 @@ def unread_of_pair(fields: Fields) -> Iterator[str]:
     """The names of fields that mean nothing here, of a row that `pair_of` has read."""
     name = _prompt_name(fields)
     prompt = () if name is None else _PROMPTS[name]
-    return unread(fields, {*_ANSWERS, *prompt, "system", "tools"}, (*_ANSWERS, *prompt))
+    return unread(fields, {*_ANSWERS, *prompt, *BESIDE}, (*_ANSWERS, *prompt))
 
 
 def _prompt_name(fields: Fields) -> str | None:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import NamedTuple, NoReturn, TypeVar
 
 import jinja2
@@ -131,9 +131,13 @@ def _render(
     present = [_as_transformers(message) for message in messages]
     given = {"tools": None, "documents": None, "messages": present, "add_generation_prompt": add_prompt, **variables}
     try:
-        return compiled.render(with_strings(given, partial(_SPAN_EDGE.sub, "")))
+        return compiled.render(with_strings(given, _without_edges))
     except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"chat_template: {error}") from None
+
+
+def _without_edges(text: str) -> str:
+    return _SPAN_EDGE.sub("", text) if _SPAN_START in text or _SPAN_END in text else text
 
 
 def _as_transformers(message: Mapping[str, object]) -> dict[str, object]:

@@ -89,12 +89,15 @@ class Tokenizer:
         self.eos_token_id, self.pad_token_id = ids[self.eos_token], ids[self.pad_token]
         self.eot_token_id: int | None = backend.token_to_id(EOT)
         self._more_stop_ids = tuple(stop_token_ids)
-        self._post_processor = backend.post_processor  # kept for the file; ids are asked for without what it adds
-        backend.post_processor = None  # ByteLevel's would leave spaces out of the offsets
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: id for id, token in added.items() if token.special}
         self._pieces = PieceEncoder(backend, self._special_ids)
+        self._stops: tuple[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None
         self.chat_templates = self._templates()
+        given = self._config.get("chat_template")
+        self._template_told = (
+            given if isinstance(given, str) else None
+        )  # for the fingerprint: BitNet's has had two texts
 
     def _named(self, role: str, usual: str | None) -> str | None:
         """The token of a role: by the config, which may say that there is none; else the usual one if it is a token."""
@@ -135,13 +138,13 @@ class Tokenizer:
 
     @chat_template.setter
     def chat_template(self, template: str) -> None:
-        self.chat_templates["default"] = template
+        self.chat_templates["default"], self._template_told = template, None
 
     def template_for(self, tools: object) -> str:
         """The template that transformers takes: tool_use where there are tools and such a template."""
         return self.chat_templates.get("tool_use" if tools else "default", self.chat_template)
 
-    @property
+    @cached_property
     def template_variables(self) -> dict[str, str]:
         """The names of special tokens, as transformers hands them to a template."""
         others = {role: _token(entry) for role, entry in self._config.items() if role.endswith("_token")}
@@ -177,17 +180,9 @@ class Tokenizer:
         # The class that takes tokenizer.json as it is: Qwen2Tokenizer and others put rules of their own in its place.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         with atomic_file(Path(folder) / "tokenizer.json") as file:
-            file.write_text(self._to_json(pretty=True), encoding="utf-8")
+            file.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         with atomic_file(Path(folder) / "tokenizer_config.json") as file:
             file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _to_json(self, pretty: bool = False) -> str:
-        """tokenizer.json."""
-        self._backend.post_processor = self._post_processor
-        try:
-            return str(self._backend.to_str(pretty=pretty))
-        finally:
-            self._backend.post_processor = None
 
     def begun(self, ids: Sequence[int]) -> list[int]:
         """Ids of a text with BOS in front, where there is one."""
@@ -267,15 +262,26 @@ class Tokenizer:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ids that end a generation: EOS, LLaMA-3's end of a turn, and what the template writes after an answer."""
-        closing = closing_token(self.chat_template, self._pieces.special_names, **self.template_variables)
-        closing_id = None if closing is None else self._special_ids[closing]
-        ends = (self.eos_token_id, self.eot_token_id, closing_id, *self._more_stop_ids)
-        return tuple(dict.fromkeys(id for id in ends if id is not None))
+        return self._stops_of(self.chat_template)[0]
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
         """The names of `stop_token_ids`."""
-        return tuple(name for id in self.stop_token_ids if (name := self._backend.id_to_token(id)) is not None)
+        return self._stops_of(self.chat_template)[1]
+
+    def _stops_of(self, template: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Ids and names, kept for the template that was asked for last: every row asks."""
+        if self._stops is None or self._stops[0] != template:
+            ids = self._find_stops()
+            names = (self._backend.id_to_token(id) for id in ids)
+            self._stops = template, (ids, tuple(name for name in names if name is not None))
+        return self._stops[1]
+
+    def _find_stops(self) -> tuple[int, ...]:
+        closing = closing_token(self.chat_template, self._pieces.special_names, **self.template_variables)
+        closing_id = None if closing is None else self._special_ids[closing]
+        ends = (self.eos_token_id, self.eot_token_id, closing_id, *self._more_stop_ids)
+        return tuple(dict.fromkeys(id for id in ends if id is not None))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -313,8 +319,9 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat templates."""
-        templates: object = self.chat_templates if len(self.chat_templates) > 1 else self.chat_template
-        parts = [self._to_json(), self.bos_token, self.eos_token, self.pad_token, templates]
+        several = self.chat_templates if len(self.chat_templates) > 1 else None
+        template = several or self._template_told or self.chat_template
+        parts = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

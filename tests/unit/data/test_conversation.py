@@ -221,7 +221,9 @@ def test_answers_that_differ_in_reasoning_alone_are_a_pair(tokenizer: Tokenizer)
 # ---- what is trained ----
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}]
+)
 def test_an_answer_with_a_flag_carries_no_loss(tokenizer: Tokenizer, flag: dict[str, object]) -> None:
     wrong = SAID | {"content": "5"}
     messages = [ASKED | flag, wrong | flag, ASKED, SAID | dict.fromkeys(flag, 1)]
@@ -349,7 +351,15 @@ def test_what_is_not_read_is_told(tokenizer: Tokenizer) -> None:
         ["text"],
         ["source"],
     ]
-    pair = {"prompt": "a", "chosen": [SAID | {"score": 3}], "rejected": "c", "score_chosen": 3.0, "messages": [ASKED]}
+    assert messages_of(row(prompt="a", completion="b", system_prompt="Be brief."))[0]["content"] == "Be brief."
+    pair = {
+        "prompt": "a",
+        "system_prompt": "s",
+        "chosen": [SAID | {"score": 3}],
+        "rejected": "c",
+        "score_chosen": 3.0,
+        "messages": [ASKED],
+    }
     assert sorted(unread_of_pair(pair)) == ["chosen[].score", "messages", "score_chosen"]
 
 

@@ -130,6 +130,17 @@ def test_save_and_load(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> No
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_folder_that_was_saved_before_the_template_wrote_bos_has_its_old_fingerprint(folder: Path) -> None:
+    """A run goes on that was begun with it; that its conversations begin with BOS is as it was."""
+    old = BITNET_CHAT_TEMPLATE.removeprefix("{# BITNET #}{{ bos_token }}")
+    edit_config(folder, chat_template=old)
+    loaded = Tokenizer.from_folder(folder)
+    assert loaded.chat_template == BITNET_CHAT_TEMPLATE
+    before = loaded.fingerprint
+    edit_config(folder, chat_template=BITNET_CHAT_TEMPLATE)
+    assert Tokenizer.from_folder(folder).fingerprint != before
+
+
 def test_transformers_reads_the_same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folder)
     text = "".join(TEXTS[:3]) + " größer 日本 🙂"

@@ -1,17 +1,20 @@
 """Tokenizers that are no byte-level BPE: ids, texts and byte counts, beside transformers reading the same folder."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from transformers import AutoTokenizer
 
 from bitnet_train.data.batches import label_bytes
 from bitnet_train.data.chat import encode_answer, encode_chat, encode_prompt
 from bitnet_train.data.config import TextData
+from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from tests.families import CHATML, CHATS, FAMILIES, TEXTS, Chat, chat, write_family
@@ -54,6 +57,64 @@ def test_a_prompt_is_where_training_ends_it(tokenizer: Tokenizer, theirs: Any) -
         assert ids[: len(prompt)] == prompt
         assert trained.index(True) == len(prompt)
         assert ids[len(trained) - 1 - trained[::-1].index(True)] in tokenizer.stop_token_ids
+
+
+BITS = (
+    *(
+        "Hello",
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "the",
+        " list",
+        "1",
+        "23",
+        "4567",
+        "'s",
+        "I'",
+        "!!",
+        "...",
+        "é",
+        "e\u0301",
+    ),
+    *(
+        "日本",
+        "🙂",
+        "{",
+        '"a":',
+        "def f(x):\n    return",
+        "</",
+        "b>",
+        "-",
+        "\u00a0",
+        "_x",
+        "Ok.",
+        "▁",
+        "NAME",
+        "NAME\n",
+    ),
+)
+
+
+def test_pieces_are_encoded_as_parts_of_the_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Any text after a line break or a special token, where templates end a prompt: the oracle is the whole text."""
+    oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "source" / "tokenizer.json"))
+    oracle.post_processor = None
+    generator, compared = random.Random(0), 0
+    for _ in range(400):
+        stop = tokenizer.stop_tokens[0]
+        prompt, answer = ("".join(generator.choices(BITS, k=4)).replace("NAME", stop) for _ in range(2))
+        prompt += generator.choice(("\n", stop))
+        whole = oracle.encode(prompt + answer, add_special_tokens=False)
+        if any(start < len(prompt) < end for start, end in whole.offsets):
+            continue  # a token reaches over: two line breaks
+        first, second = tokenizer.encode_pieces([prompt, answer])
+        assert first + second == whole.ids, (prompt, answer)
+        assert first == oracle.encode(prompt, add_special_tokens=False).ids
+        compared += 1
+    assert compared > 200
 
 
 def test_a_token_that_would_reach_into_the_answer_is_cut(tmp_path: Path) -> None:
@@ -212,6 +273,9 @@ def test_the_template_is_the_one_that_transformers_takes(tmp_path: Path) -> None
         expected = theirs.apply_chat_template(CHATS[0], tools=given, return_dict=True)["input_ids"]
         assert encode_chat(CHATS[0], tokenizer, tools=given).input_ids == expected
     assert tokenizer.template_for(tools) == TOOL_USE
+    called = [*CHATS[0][:1], Message(role="assistant", content="", tool_calls=[{"function": {"name": "f"}}])]
+    with pytest.raises(UserError, match=r"the row has tool_calls.*give the row tools: the template tool_use"):
+        encode_chat(called, tokenizer)
     assert Tokenizer.from_folder(tmp_path / "saved").chat_templates == {"default": CHATML, "tool_use": TOOL_USE}
 
 

@@ -13,14 +13,13 @@ transformers. A row that has them and a template that does not write them is an 
 Source of BitNet's format: the model card of microsoft/bitnet-b1.58-2B-4T and the chat format of microsoft/BitNet.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitnet_train.data.conversation import Message, with_parsed_arguments
 from bitnet_train.data.preference import Pair
-from bitnet_train.data.template import Span, names_in, render, with_strings
+from bitnet_train.data.template import Span, names_in, render, with_strings, writes_strings
 from bitnet_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
 
 TRAIN_ON = ("assistant", "last", "all")
 
-_WRITES_STRINGS = re.compile(r"arguments\s+is\s+string")  # a template that writes arguments which are JSON as they are
+_NO_STOP = (
+    "chat_template: an answer must end with a stop token, or the model never learns to stop; write {} after its content"
+)
 
 Tools = Sequence[object] | None  # JSON schemas of functions
 
@@ -69,8 +70,8 @@ def encode_chat(
     for (start, end), answer, text, is_wanted in zip(spans, answers, texts[1::2], wanted, strict=True):
         if is_wanted:
             _check_answer(answer, text, tokenizer)
-        if is_wanted or not answer.get("train", True):
-            stop = _stop_index(ids, start, end, tokenizer)
+        if is_wanted or train_on == "all":
+            stop = _stop_index(ids, start, end, tokenizer) if text else start - 1
             trained[start : stop + 1] = [is_wanted] * (stop + 1 - start)
     return EncodedChat(ids, trained)
 
@@ -123,9 +124,10 @@ def chat_pieces(
     """
     template = tokenizer.template_for(tools)
     _check_place(messages, tools, template, tokenizer.chat_templates)
-    given = [_for_template(message, template) for message in messages]
-    quoted, tools = with_strings(given, tokenizer.quote), with_strings(tools, tokenizer.quote)
     variables = tokenizer.template_variables
+    as_strings = any(message.get("tool_calls") for message in messages) and writes_strings(template, **variables)
+    given = [_for_template(message, as_strings) for message in messages]
+    quoted, tools = with_strings(given, tokenizer.quote), with_strings(tools, tokenizer.quote)
     text, spans = render(quoted, template, add_generation_prompt, tokenizer.stop_tokens, tools=tools, **variables)
     ends = [0, *(edge for span in spans for edge in span), len(text)]
     return [text[start:end] for start, end in pairwise(ends)]
@@ -137,11 +139,11 @@ def _joined(pieces: Sequence[list[int]]) -> tuple[list[int], list[Span]]:
     return [id for piece in pieces for id in piece], list(pairwise(edges))[1::2]
 
 
-def _for_template(message: Message, template: str) -> dict[str, object]:
-    """A message as transformers' users write it."""
+def _for_template(message: Message, as_strings: bool) -> dict[str, object]:
+    """A message as transformers' users write it; arguments that are JSON may stay strings."""
     given: dict[str, object] = {key: value for key, value in message.items() if key != "train"}
     if calls := message.get("tool_calls"):
-        given["tool_calls"] = calls if _WRITES_STRINGS.search(template) else with_parsed_arguments(calls)
+        given["tool_calls"] = calls if as_strings else with_parsed_arguments(calls)
     return given
 
 
@@ -176,16 +178,29 @@ def _answers(messages: Sequence[Message], spans: int) -> list[Message]:
 
 
 def _check_answer(answer: Message, text: str, tokenizer: "Tokenizer") -> None:
-    """An answer that is trained must stand in the text, with its reasoning: without, it would teach not to think."""
+    """An answer that is trained must stand in the text as the row has it.
+
+    Without its reasoning it would teach not to think; beside tool calls some templates write no content.
+    """
+    if not text and not any(name in tokenizer.chat_template for name in (*tokenizer.stop_tokens, "eos_token")):
+        raise UserError(_NO_STOP.format(" or ".join(tokenizer.stop_tokens)))
     if not text:
         raise UserError(
-            "chat_template: the text before an answer changes with what follows, so it cannot be found in the whole; "
-            "put {% generation %} and {% endgeneration %} around answers, or use data.train_on=last"
+            "chat_template: an answer that is trained cannot be found in the text: what stands before it changes with "
+            "what follows, or its turn has no stop token; put {% generation %} and {% endgeneration %} around all "
+            "that an assistant writes, or use data.train_on=last"
         )
-    if tokenizer.quote(_reasoning_of(answer)) not in text:
+    thought, closed, _ = answer["content"].partition("</think>")
+    for reasoning in (_reasoning_of(answer), thought.split("<think>")[-1].strip() if closed else ""):
+        if tokenizer.quote(reasoning) not in text:
+            raise UserError(
+                "chat_template: leaves out the reasoning of an answer that is trained (many write that of the last "
+                "answer alone); use data.train_on=last, or drop the row"
+            )
+    if answer.get("tool_calls") and tokenizer.quote(answer["content"].strip()) not in text:
         raise UserError(
-            "chat_template: leaves out the reasoning of an answer that is trained (many write that of the last answer "
-            "alone); use data.train_on=last, or drop the row"
+            "chat_template: leaves out the content of an answer that has tool_calls, too; give one that writes both, "
+            "or drop the row"
         )
 
 
@@ -195,7 +210,4 @@ def _stop_index(ids: Sequence[int], start: int, end: int, tokenizer: "Tokenizer"
     for index in range(min(end, len(ids) - 1), start - 1, -1):
         if ids[index] in stops:
             return index
-    raise UserError(
-        f"chat_template: an answer must end with a stop token, or the model never learns to stop; write "
-        f"{' or '.join(tokenizer.stop_tokens)} after its content"
-    )
+    raise UserError(_NO_STOP.format(" or ".join(tokenizer.stop_tokens)))

@@ -25,7 +25,7 @@ _FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # in the order in which transformers looks for it
 _FLAGS = ("weight", "train", "training", "loss")  # OpenAI and mistral-finetune; axolotl, both; ms-swift
-_OF_MESSAGES = {"role", "content", "from", "value", "tool_calls", "name", "tool_call_id", *_REASONING, *_FLAGS}
+_OF_MESSAGES = {"tool_calls", "name", "tool_call_id", *_REASONING, *_FLAGS}
 _TEXT_ALONE = "the model reads text alone; drop the row"
 _REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ALONE),
@@ -92,16 +92,19 @@ def messages_of(row: Row) -> list[Message]:
         fields = row.fields
         check_fields(fields)
         for name in _VERDICTS:
-            if fields.get(name) is False:
-                raise UserError(
-                    f"{name} is false: this completion is one that nobody should learn; drop such rows "
-                    "(data.bad_rows=skip does)"
-                )
+            if _verdict(fields.get(name)) is False:
+                raise UserError(f"{name} is false: this completion is one that nobody should learn; drop such rows")
         messages = with_system(fields, _shape_of(fields).read(fields))
         check_order(messages)
         if all(message["role"] != "assistant" for message in messages):
             raise UserError("the conversation has no assistant message, so there is nothing to learn; drop the row")
         return messages
+
+
+def _verdict(value: object) -> bool | None:
+    """Whether a completion is desirable, as KTO's rows say it; None for a value that says something else."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    return known.get(str(value).lower())
 
 
 def unread(fields: Fields, read: set[str], lists: Sequence[str] = ()) -> Iterator[str]:
@@ -117,14 +120,15 @@ def unread(fields: Fields, read: set[str], lists: Sequence[str] = ()) -> Iterato
         entries = value if isinstance(value, list) else [value]
         for entry in entries:
             if isinstance(entry, Mapping):
-                names = (key for key, part in entry.items() if key not in _OF_MESSAGES and part is not None)
+                read = _OF_MESSAGES.union(_keys_of(entry))
+                names = (key for key, part in entry.items() if key not in read and part is not None)
                 yield from (f"{name}[].{key}" for key in names)
 
 
 def unread_of_conversation(fields: Fields) -> Iterator[str]:
     """`unread` of a row that `messages_of` has read."""
     shape = _shape_of(fields)
-    verdicts = {name for name in _VERDICTS if isinstance(fields.get(name), bool)}
+    verdicts = {name for name in _VERDICTS if _verdict(fields.get(name)) is not None}
     return unread(fields, {*shape.fields, *shape.options, *BESIDE, *verdicts}, shape.fields)
 
 
@@ -199,10 +203,15 @@ def parse_messages(value: object, field: str) -> list[Message]:
     return [_parse_message(entry, f"{field}[{index}]") for index, entry in enumerate(value)]
 
 
+def _keys_of(entry: Mapping[str, object]) -> tuple[str, str]:
+    """Where a message has its role and its content."""
+    return ("from", "value") if entry.get("from") is not None else ("role", "content")
+
+
 def _parse_message(entry: object, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise UserError(f"{where} must be an object with role and content, got {type_name(entry)}")
-    role_key, content_key = ("from", "value") if "from" in entry else ("role", "content")
+    role_key, content_key = _keys_of(entry)
     given = entry.get(role_key)
     if not isinstance(given, str) or given not in _ROLES:
         raise UserError(f"{where}.{role_key} must be one of {', '.join(_ROLES)}, got {given!r}")

@@ -114,6 +114,7 @@ def _walk(folder: Path) -> Iterator[str]:
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         here, real = Path(root), os.path.realpath(root)
+        files.sort()
         if real in seen or CACHE_TAG in files or ".hydra" in folders:  # a circle of links, a cache, a run directory
             folders.clear()
             continue
@@ -126,7 +127,11 @@ def _walk(folder: Path) -> Iterator[str]:
             yield str(here)
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from (str(here / name) for name in files if _is_data(here / name))
+            for name in filter(lambda name: _is_data(here / name), files):
+                file = os.path.realpath(here / name)
+                if file not in seen:  # a link beside its file
+                    seen.add(file)
+                    yield str(here / name)
 
 
 def _is_data(file: Path) -> bool:

@@ -19,9 +19,8 @@ from typing import Any
 
 import tokenizers
 
-from bitnet_train.data.template import QUOTE_END, QUOTE_START
+from bitnet_train.data.template import MARKS, QUOTE_END, QUOTE_START
 
-_QUOTE_MARKS = re.compile(f"[{QUOTE_START}{QUOTE_END}]")
 _STEPS = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")  # what is done to a text before its tokens
 
 
@@ -31,10 +30,11 @@ class PieceEncoder:
     Args:
         backend: adds nothing to a text.
         special_ids: the special tokens, by name.
+        unknown_id: stands for what is no token; no text that becomes it becomes a control token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_ids: Mapping[str, int]) -> None:
-        self._backend, self._special_ids = backend, frozenset(special_ids.values())
+    def __init__(self, backend: tokenizers.Tokenizer, special_ids: Mapping[str, int], unknown_id: int | None) -> None:
+        self._backend, self._control_ids = backend, frozenset(special_ids.values()) - {unknown_id}
         self.special_names = _any_of(special_ids)
         name = self.special_names.pattern  # one mark is enough: a template may have cut the other away
         self._quoted = re.compile(f"{QUOTE_START}({name}){QUOTE_END}?|({name}){QUOTE_END}")
@@ -44,7 +44,7 @@ class PieceEncoder:
 
     def quote(self, text: str) -> str:
         """The text with marks around every name of a special token, so that `encode` reads it as text."""
-        return self.special_names.sub(f"{QUOTE_START}\\g<0>{QUOTE_END}", _QUOTE_MARKS.sub("", text))
+        return self.special_names.sub(_quoted, MARKS.sub("", text))
 
     def encode(self, pieces: Sequence[str]) -> list[list[int]]:
         """Ids of each of consecutive pieces of a text; see the module's text."""
@@ -60,13 +60,13 @@ class PieceEncoder:
         return encoded
 
     def _parts(self, piece: str) -> Iterator[tuple[str, bool]]:
-        """Text, quoted name, text, quoted name, ..., text."""
+        """Texts, and between them names that are quoted."""
         position = 0
         for match in self._quoted.finditer(piece):
-            yield _QUOTE_MARKS.sub("", piece[position : match.start()]), False
+            yield from ((text, False) for text in MARKS.split(piece[position : match.start()]))
             yield match[1] or match[2], True
             position = match.end()
-        yield _QUOTE_MARKS.sub("", piece[position:]), False
+        yield from ((text, False) for text in MARKS.split(piece[position:]))  # what a torn mark parts stays apart
 
     def _text(self, text: str, before: str) -> list[int]:
         """Ids of a text that follows another."""
@@ -86,7 +86,7 @@ class PieceEncoder:
         """Ids of a name that is text, within a text."""
         backend = self._backend if self._without_prefix is None else self._without_prefix
         ids = _encoded(backend, name)
-        if self._special_ids.isdisjoint(ids):
+        if self._control_ids.isdisjoint(ids):
             return ids
         return [id for letter in name for id in _encoded(backend, letter)]  # the vocabulary has the name as a word, too
 
@@ -97,6 +97,14 @@ class PieceEncoder:
             return _encoded(self._backend, text)
         finally:
             self._backend.encode_special_tokens = True
+
+    @cached_property
+    def has_words_for_names(self) -> bool:
+        """Whether plain text can become a control token: in Unigram's vocabularies its name is a word, too."""
+        names = self._backend.get_added_tokens_decoder()
+        texts = [names[id].content for id in sorted(self._control_ids)]
+        plain = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return any(not self._control_ids.isdisjoint(encoding.ids) for encoding in plain)
 
     def _name_at_the_end(self, text: str) -> str | None:
         return next((match[0] for match in self._added_names.finditer(text) if match.end() == len(text)), None)
@@ -111,6 +119,10 @@ class PieceEncoder:
         backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
         backend.encode_special_tokens = True
         return backend
+
+
+def _quoted(name: re.Match[str]) -> str:
+    return f"{QUOTE_START}{name[0]}{QUOTE_END}"
 
 
 def _encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:

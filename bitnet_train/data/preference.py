@@ -103,6 +103,8 @@ def _implicit(fields: Fields) -> Pair:
 def _messages(role: str, value: object, field: str) -> list[Message]:
     if isinstance(value, str) and _TRANSCRIPT_TURN.match(value):
         turns = _TRANSCRIPT_TURN.split(value)[1:]  # role, text, role, text, ...
+        if role == "user" and turns[-2] == "Assistant" and not turns[-1].strip():
+            turns = turns[:-2]  # a prompt that ends where the answer begins
         named = zip(turns[::2], turns[1::2], strict=True)
         return [as_message(_TRANSCRIPT_ROLES[name], text.strip(), field) for name, text in named]
     return as_messages(role, [value] if isinstance(value, Mapping) else value, field)

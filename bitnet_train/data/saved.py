@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 
+_NO_DATA = 2  # files: state.json and dataset_info.json
+
+
 def is_saved(folder: Path) -> bool:
     """Whether the folder is a data set, or one split of several."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
@@ -46,8 +49,10 @@ def files_of(folder: Path) -> list[Path]:
     """
     state = folder / "state.json"
     entries = _object(state).get("_data_files")
-    names = [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    names = (
+        [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else [0]
+    )
+    if not all(isinstance(name, str) for name in names):
         raise UserError(f"{state}: _data_files must name the files of the data set, got {entries!r}; save it again")
     return [state, folder / "dataset_info.json", *(folder / str(name) for name in names)]
 
@@ -60,10 +65,13 @@ def read_saved(folder: str, start: Place, on_read: Callable[[int], object] = int
     """
     import datasets
 
-    files_of(Path(folder))
+    if len(files_of(Path(folder))) == _NO_DATA:  # what `datasets` wrote of no rows, it cannot open
+        return
     try:
         rows = datasets.load_from_disk(folder)
         assert isinstance(rows, datasets.Dataset)
+        if start.number >= len(rows):
+            return
         tables = rows.select(range(start.number, len(rows))).with_format("arrow").iter(ROWS_AT_ONCE)
         yield from rows_of(_batches(tables, on_read), start.number, start.number)
     except UserError:

@@ -22,16 +22,29 @@ def converters(schema: "pyarrow.Schema") -> dict[str, Convert]:
     return {name: convert for name, convert in found.items() if convert is not None}
 
 
-def _converter(kind: "pyarrow.DataType") -> Convert | None:
+def _converter(kind: Any) -> Convert | None:
     import pyarrow
+    from pyarrow import types
 
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _from_json if kind.extension_name == "arrow.json" else None
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         return _struct({kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)})
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+    if types.is_map(kind):
+        return _map(_converter(kind.item_type))
+    if types.is_dictionary(kind):
+        return _converter(kind.value_type)
+    if any(is_list(kind) for is_list in lists):
         return _list(_converter(kind.value_type))
     return None
+
+
+def _map(change: Convert | None) -> Convert:
+    def convert(value: Any) -> Any:
+        return None if value is None else {key: change(part) if change else part for key, part in value}
+
+    return convert
 
 
 def _struct(fields: dict[str, Convert | None]) -> Convert:

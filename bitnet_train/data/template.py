@@ -4,7 +4,7 @@
                                  ===============    a span: the answer and its stop token, never the header
 
 A template marks spans by {% generation %} ... {% endgeneration %}. Where it has no such block, a span begins where the
-prompt ends that the template writes for the messages before it, and ends with the first stop token after that.
+prompt ends that the template writes for the messages before it, and ends with the first stop token of the turn.
 
 Templates are foreign code: they run in jinja's sandbox, as transformers runs them.
 """
@@ -39,16 +39,21 @@ BITNET_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
-# Code points that Unicode keeps out of text mark places while a text is made: a span, a quoted name (`quote`).
+# Code points that Unicode keeps out of text mark places while a text is made: a span, a quoted name (`data.pieces`).
 _SPAN_START, _SPAN_END, QUOTE_START, QUOTE_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _SPAN_EDGE = re.compile(f"([{_SPAN_START}{_SPAN_END}])")
+MARKS = re.compile(f"[{_SPAN_START}-{QUOTE_END}]")
+_ARGUMENTS = '{"a": "b"}'
 
 Span = tuple[int, int]
 T = TypeVar("T")
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and the character ranges [start, end) that an assistant generates, one per answer."""
+    """A conversation as text, and the character ranges [start, end) that an assistant generates, one per answer.
+
+    The range of an answer that cannot be found is empty.
+    """
 
     text: str
     spans: list[Span]
@@ -70,8 +75,7 @@ def render(
         variables: what else the template may use, such as bos_token.
 
     Raises:
-        UserError: the template is wrong or refuses the messages; or, without {% generation %}, it writes no stop token
-            after an answer.
+        UserError: the template is wrong or refuses the messages.
     """
     marked = _render(messages, template, add_generation_prompt, variables)
     if _SPAN_START in marked:
@@ -91,18 +95,32 @@ def closing_token(template: str, names: re.Pattern[str], **variables: object) ->
         text = _render(probe, template, False, variables)
     except UserError:  # a template may want other messages than these
         return None
-    name = names.search(_SPAN_EDGE.sub("", text), text.rfind("answer"))
+    text = _SPAN_EDGE.sub("", text)
+    name = names.search(text, text.rfind("answer")) if "answer" in text else None
     return None if name is None else name[0]
 
 
 def writes_as_bitnet(template: str) -> bool:
     """Whether a template writes what BitNet's does, BOS aside."""
-    probe = [{"role": role, "content": role[:1]} for role in ("system", "user", "assistant", "user")]
+    probe = [{"role": role, "content": f" {role[:1]}\n"} for role in ("system", "user", "assistant", "tool", "user")]
     try:
         texts = [_render(probe, one, True, {"bos_token": ""}) for one in (template, BITNET_CHAT_TEMPLATE)]
     except UserError:
         return False
-    return _SPAN_EDGE.sub("", texts[0]) == _SPAN_EDGE.sub("", texts[1])
+    alike = _SPAN_EDGE.sub("", texts[0]) == _SPAN_EDGE.sub("", texts[1])
+    return alike and not {"tools", "tool_calls"} & names_in(template)
+
+
+@lru_cache(maxsize=16)
+def writes_strings(template: str, **variables: str) -> bool:
+    """Whether a template writes arguments of tool calls that are JSON as they are; `tojson` would encode them again."""
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": _ARGUMENTS}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    probe: list[Mapping[str, object]] = [{"role": "user", "content": "question"}, answer]
+    try:
+        return _ARGUMENTS in _render(probe, template, False, variables)
+    except UserError:  # it wants an object
+        return False
 
 
 def with_strings(value: T, change: Callable[[str], str]) -> T:
@@ -132,8 +150,10 @@ def _render(
     given = {"tools": None, "documents": None, "messages": present, "add_generation_prompt": add_prompt, **variables}
     try:
         return compiled.render(with_strings(given, _without_edges))
-    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
+    except jinja2.TemplateError as error:
         raise UserError(f"chat_template: {error}") from None
+    except Exception as error:  # foreign code
+        raise UserError(f"chat_template: {error} ({type(error).__name__})") from None
 
 
 def _without_edges(text: str) -> str:
@@ -166,27 +186,46 @@ def _spans_after_prompts(
     text: str,
     stops: Sequence[str],
 ) -> Iterator[Span]:
-    """A span for each answer. Stop tokens that stand in a message are quoted, so that the first one is the template's.
+    """A span for each answer: from where its prompt ends to the first stop token of its turn.
+
+    An answer is not found, and its span is empty, where the prompt changes with what follows (Mistral's system message
+    stands in the last question) or no stop token ends the turn.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [_render(messages[:index], template, True, variables) for index in answers]
+    starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
+    names = "|".join(map(re.escape, stops)) or "(?!)"
+    stop = re.compile(f"(?<!{QUOTE_START})(?:{names})(?!{QUOTE_END})")  # one in a message is quoted
+    end = 0
+    following = [*starts, None][1:]
+    for index, start, next_start in zip(answers, starts, following, strict=True):
+        found = None
+        if start is not None:
+            limit = _end_of_turn(messages, index, template, variables, text, next_start)
+            found = stop.search(text, start, limit)
+            end = start
+        start, end = end, end if found is None else found.end()
+        yield start, end
+
+
+def _end_of_turn(
+    messages: Sequence[Mapping[str, object]],
+    index: int,
+    template: str,
+    variables: Mapping[str, object],
+    text: str,
+    next_start: int | None,
+) -> int:
+    """Where the turn of a message ends at the latest.
 
     The turn that a template writes for the last answer may be another one than in the middle of a conversation (Qwen3's
-    has thoughts); only the prompt has to be the same. Where it is not, the answer cannot be found: its span is empty.
+    has thoughts): then the turn ends before the next prompt does.
     """
-    end = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(messages[:index], template, True, variables)
-        if not text.startswith(prompt):
-            yield end, end
-            continue
-        ends = [place + len(stop) for stop in stops if (place := text.find(stop, len(prompt))) >= 0]
-        if not ends:
-            raise UserError(
-                f"chat_template: an answer must end with a stop token, got none after message {index + 1}; write "
-                f"{' or '.join(stops) or '{{ eos_token }}'} after its content"
-            )
-        end = min(ends)
-        yield len(prompt), end
+    if index < len(messages) - 1:
+        turn = _render(messages[: index + 1], template, False, variables)
+        if text.startswith(turn):
+            return len(turn)
+    return len(text) if next_start is None else next_start
 
 
 class _GenerationBlock(Extension):
@@ -207,6 +246,8 @@ def _compile(template: str) -> jinja2.Template:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat_template: line {error.lineno}: {error}") from None
+    except (SyntaxError, RecursionError) as error:  # a break outside of a loop, a tower of brackets
+        raise UserError(f"chat_template: {type(error).__name__}: {error}") from None
 
 
 @cache

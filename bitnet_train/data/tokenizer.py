@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_train.data.pieces import PieceEncoder
-from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, writes_as_bitnet
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, names_in, writes_as_bitnet
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_file import GGUFFile
@@ -83,15 +83,17 @@ class Tokenizer:
         self.eos_token: str = eos_token
         self.pad_token = self._named("pad_token", None) or eos_token
         roles = [token for token in (self.bos_token, self.eos_token, self.pad_token) if token is not None]
-        backend.add_special_tokens(roles)  # as transformers does
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([token for token in roles if token not in special])  # as transformers does
         ids = {token: self._id_of(token) for token in roles}
         self.bos_token_id: int | None = None if self.bos_token is None else ids[self.bos_token]
         self.eos_token_id, self.pad_token_id = ids[self.eos_token], ids[self.pad_token]
         self.eot_token_id: int | None = backend.token_to_id(EOT)
-        self._more_stop_ids = tuple(stop_token_ids)
+        self._more_stop_ids = tuple(id for id in stop_token_ids if 0 <= id < self.vocab_size)
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: id for id, token in added.items() if token.special}
-        self._pieces = PieceEncoder(backend, self._special_ids)
+        unknown = _token(self._config.get("unk_token")) or getattr(backend.model, "unk_token", None)
+        self._pieces = PieceEncoder(backend, self._special_ids, backend.token_to_id(unknown) if unknown else None)
         self._stops: tuple[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None
         self.chat_templates = self._templates()
         given = self._config.get("chat_template")
@@ -199,16 +201,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the cores."""
-        if self._has_words_for_names:
+        if self._pieces.has_words_for_names:
             return [self.encode_pieces([self.quote(text)])[0] for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    @cached_property
-    def _has_words_for_names(self) -> bool:
-        """Whether plain text can become a special token, as in Unigram's vocabularies, where that is a word, too."""
-        names = list(self._special_ids)
-        plain = self._backend.encode_batch_fast(names, add_special_tokens=False)
-        return any(not {*encoding.ids}.isdisjoint(self._special_ids.values()) for encoding in plain)
 
     def quote(self, text: str) -> str:
         """The text with marks around every name of a special token, so that `encode_pieces` reads it as text."""
@@ -226,7 +221,8 @@ class Tokenizer:
         """The text of ids as they come, without special tokens; the pieces joined are what `decode` returns.
 
         A piece ends where a character does: one of several bytes may be spread over several ids. WordPiece, which moves
-        spaces when more ids follow, gives its text at the end.
+        spaces when more ids follow, gives its text at the end. Where tokens of bytes (<0xNN>) that are no UTF-8 follow
+        some that are, `decode` makes U+FFFD of all of them, and the stream has given the first.
         """
         if isinstance(self._backend.decoder, decoders.WordPiece):
             yield self.decode(list(ids), skip_special_tokens=True)
@@ -302,9 +298,11 @@ class Tokenizer:
         lengths = [0] * self.vocab_size
         added = self._backend.get_added_tokens_decoder()
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
+        is_byte_level = '"ByteLevel"' in decoder
         # the anchor is any token with letters: its text is taken away again
-        anchor = [] if at_beginning else [next(id for token, id in vocabulary.items() if token.isalpha())]
+        letters = (id for token, id in vocabulary.items() if token.isalpha())
+        anchor = [] if at_beginning else [id for id in (next(letters, None),) if id is not None]
         before = len(self.decode(anchor).encode())
         texts = self._backend.decode_batch([[*anchor, id] for id in vocabulary.values()], skip_special_tokens=False)
         for (token, id), text in zip(vocabulary.items(), texts, strict=True):
@@ -321,7 +319,13 @@ class Tokenizer:
         """SHA-256 of all that decides about ids: tokenizer.json, the special roles and the chat templates."""
         several = self.chat_templates if len(self.chat_templates) > 1 else None
         template = several or self._template_told or self.chat_template
-        parts = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, template]
+        parts: list[object] = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, template]
+        words = {name for one in self.chat_templates.values() for name in names_in(one)}
+        used = {role: name for role, name in self.template_variables.items() if role in words}
+        others = {role: name for role, name in used.items() if role not in ("bos_token", "eos_token", "pad_token")}
+        usual = {id for id in (self.eos_token_id, self.eot_token_id) if id is not None}
+        if others or usual != {*self.stop_token_ids}:
+            parts += [others, self.stop_token_ids]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

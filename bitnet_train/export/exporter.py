@@ -124,7 +124,7 @@ def _stored_dtype(model: Source) -> torch.dtype:
 def _notes(model: Source, target: Target, dtype: str | None) -> tuple[str, ...]:
     """What the user should know although nothing is wrong."""
     if target.format == "gguf" and not model.tokenizer.begins_with_bos and model.tokenizer.bos_id is not None:
-        return ("the chat template writes no BOS, so runtimes begin no text with it (tokenizer.ggml.add_bos_token)",)
+        return ("runtimes put no BOS in front of a text, as the chat template writes none (add_bos_token is false)",)
     if target.format == "master" and dtype == "bfloat16" and _stored_dtype(model) == torch.float32:
         return ("masters rounded to bfloat16 quantise to other codes here and there; --dtype float32 keeps every code",)
     return ()

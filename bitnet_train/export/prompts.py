@@ -17,13 +17,14 @@ from pathlib import Path
 
 from bitnet_train.data.chat import chat_pieces, encode_prompt
 from bitnet_train.data.conversation import Message
-from bitnet_train.data.template import render
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, render
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export import llama_process
 from bitnet_train.export.source import Source
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
+from bitnet_train.formats.hf_folder import GENERATION_CONFIG, write_json
 
 Prompts = Sequence[list[Message]]
 Ask = Callable[[Prompts, Sequence[int]], tuple[list[list[int]], Sequence[int]]]
@@ -73,6 +74,7 @@ def tokenizer_of(source: Source) -> Tokenizer:
     """
     with tempfile.TemporaryDirectory() as folder:
         source.tokenizer.write(Path(folder))
+        write_json(Path(folder) / GENERATION_CONFIG, source.generation_config)
         return Tokenizer.from_folder(folder)
 
 
@@ -130,14 +132,15 @@ def check_gguf(tokenizer: Tokenizer, file: Path, package: str) -> PromptCheck:
     Raises:
         RuntimeFailure: the runtime cannot load the file.
     """
-    stored = Tokenizer.from_folder(file)
-    begins_with_bos = GGUFTokenizer(file, GGUFFile(file).metadata).begins_with_bos
+    stored = GGUFTokenizer(file, GGUFFile(file).metadata)
+    config = stored.tokenizer_config
 
     def ask(prompts: Prompts, stops: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        template, variables = stored.chat_template, stored.template_variables
-        texts = [render(prompt, template, True, stored.stop_tokens, **variables).text for prompt in prompts]
-        if begins_with_bos:
-            texts = [text.removeprefix(stored.bos_token or "") for text in texts]
+        names = {role: name for role, name in config.items() if role.endswith("_token") and name is not None}
+        template = config.get("chat_template", BITNET_CHAT_TEMPLATE)
+        texts = [render(prompt, template, True, **names).text for prompt in prompts]
+        if stored.begins_with_bos:
+            texts = [text.removeprefix(names["bos_token"]) for text in texts]
         answer = llama_process.ask(package, file, stops[:1], texts, special=True, add_bos=True, stops=stops)
         return answer.ids, answer.stops
 

@@ -107,7 +107,8 @@ class GGUFTokenizer:
             **{f"{role}_token": tokens[id_] for role, id_ in ids.items() if id_ is not None},
             "chat_template": self.metadata.get("tokenizer.chat_template"),
         }
-        return {key: value for key, value in config.items() if value is not None}
+        said = {key: value for key, value in config.items() if value is not None}
+        return said if self.bos_id is not None else said | {"bos_token": None}
 
     def _required(self, key: str) -> Any:
         if (value := self.metadata.get(f"tokenizer.ggml.{key}")) is None:

@@ -19,6 +19,7 @@ from bitnet_train.formats.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, r
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
 
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 _LLAMA_3 = (
@@ -88,7 +89,8 @@ class TokenizerFiles:
         """Every id at which generation stops: EOS, those of generation_config.json, and LLaMA-3's end of a turn."""
         path = self.folder / GENERATION_CONFIG
         given = read_json(path).get("eos_token_id") if path.is_file() else None
-        more = [id_ for id_ in (given if isinstance(given, list) else [given]) if type(id_) is int]
+        listed = given if isinstance(given, list) else [given]
+        more = [id_ for id_ in listed if type(id_) is int and 0 <= id_ < self.config["vocab_size"]]
         turn = [self.ids[END_OF_TURN]] if END_OF_TURN in self.ids else []
         return list(dict.fromkeys([*self._special("eos", END_OF_TEXT), *more, *turn]))
 
@@ -106,7 +108,7 @@ class TokenizerFiles:
         """
         if self.bos_id is None or self._tokenizer_config.get("add_bos_token") is False:
             return False
-        return self.chat_template is None or "bos_token" in self.chat_template
+        return self.chat_template is None or "bos_token" in _COMMENT.sub("", self.chat_template)
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -197,6 +199,9 @@ class TokenizerFiles:
 
     def _pre_tokenizer(self) -> str:
         """llama.cpp's name of the expression that cuts a text before merging."""
+        normalizer = self._tokenizer.get("normalizer")
+        if normalizer and normalizer.get("normalizers") != []:
+            raise UserError(f"{self.path}: normalizer must be null for GGUF, which keeps none; got {normalizer}")
         pre = self._tokenizer.get("pre_tokenizer") or {}
         steps = pre.get("pretokenizers", [pre])
         cuts = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitnet_train.data.chat import encode_prompt
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
@@ -14,7 +16,7 @@ from bitnet_train.export.cli import run
 from bitnet_train.export.llama_process import IK_LLAMA, ask
 from bitnet_train.export.prompts import check_folder, check_gguf, check_prompts, tokenizer_of
 from bitnet_train.export.source import open_source
-from tests.families import FAMILIES, write_family
+from tests.families import FAMILIES, TEXTS, write_family
 from tests.folders import edit_config, write_master
 
 pytest.importorskip("transformers")
@@ -49,7 +51,7 @@ def test_transformers_has_the_prompts_of_training(tmp_path: Path, family: str) -
 def test_ik_llama_has_the_prompts_of_training_or_the_file_is_refused(tmp_path: Path, family: str) -> None:
     model, tokenizer = write_model(tmp_path, family)
     if family not in IN_GGUF:
-        with pytest.raises(UserError, match=r"tokenizer.json: (pre_tokenizer|model\.type) must be"):
+        with pytest.raises(UserError, match=r"tokenizer.json: (pre_tokenizer|normalizer|model\.type) must be"):
             export(model, tmp_path / "model.gguf", format="gguf", type="f16")
         assert not (tmp_path / "model.gguf").exists()
         return
@@ -68,6 +70,29 @@ def test_a_prompt_has_bos_once_or_never(tmp_path: Path, family: str) -> None:
     export(model, tmp_path / "model.gguf", format="gguf", type="f16")
     ids = ask(IK_LLAMA, tmp_path / "model.gguf", [1], ["Hi"], add_bos=True).ids
     assert ids == [tokenizer.begun(tokenizer.encode("Hi")) if family == "llama-3" else tokenizer.encode("Hi")]
+
+
+def test_special_tokens_may_come_first(tmp_path: Path) -> None:
+    """GPT-2's and SmolLM's order, with a third token that stops."""
+    backend, config = FAMILIES["llama-3"]()
+    names = [token.content for token in backend.get_added_tokens_decoder().values()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    first = tokenizers.Tokenizer(models.BPE())
+    first.pre_tokenizer, first.decoder = backend.pre_tokenizer, decoders.ByteLevel()
+    first.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    )
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer(first, config).save(tmp_path / "tokenizer")
+    write_master(tmp_path / "model", {"vocab_size": 512}, with_tokenizer=False)
+    edit_config(tmp_path / "model", bos_token_id=0, eos_token_id=1)
+    tokenizer = Tokenizer.from_folder(tmp_path / "tokenizer")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 4, 2]}')
+    export(tmp_path / "model", tmp_path / "model.gguf", format="gguf", type="f16")
+    found = check_gguf(tokenizer_of(open_source(tmp_path / "model")), tmp_path / "model.gguf", IK_LLAMA)
+    assert found.equal == found.compared == 36
+    assert found.stops == (2,)  # GGUF has room for the end of a text and of a turn
 
 
 def test_verify_says_what_became_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

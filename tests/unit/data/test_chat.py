@@ -193,6 +193,65 @@ def test_an_unknown_train_on_is_an_error() -> None:
         encode_chat(TWO_TURNS, TOKENIZER, "user")
 
 
+# ---- turns without {% generation %} ----
+
+HARMONY = (  # gpt-oss's: earlier answers end with another token than the last
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content }}"
+    "{{ eos_token if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+FOUR = chat(("u", "What is it?"), ("a", "Hello world"), ("u", "And?"), ("a", "It is."))
+
+
+def test_a_span_ends_within_its_turn() -> None:
+    tokenizer = with_template(HARMONY)
+    assert trained_parts(FOUR, tokenizer, "last") == ["It is.<|end_of_text|>"]
+    ids = encode_chat(FOUR, tokenizer, "last").input_ids
+    text = render(FOUR, HARMONY, eos_token=EOS).text
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(encode_prompt(FOUR[:3], tokenizer)) == render(FOUR[:3], HARMONY, True).text
+    with pytest.raises(UserError, match="its turn has no stop token"):
+        encode_chat(FOUR, tokenizer)
+
+
+def test_what_a_tool_says_is_never_trained() -> None:
+    """LLaMA-3.1's: a call ends with another token than a turn."""
+    template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+        "{{ '<|eom_id|>' if m.tool_calls else '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    tokenizer = with_template(template)
+    assert trained_parts(TOOL_CHAT, tokenizer, "last") == ["It is 2.<|eot_id|>"]
+    with pytest.raises(UserError, match="its turn has no stop token"):
+        encode_chat(TOOL_CHAT, tokenizer)
+
+
+def test_a_stop_token_that_an_answer_names_does_not_end_it() -> None:
+    messages = chat(("u", f"Say {EOT}"), ("a", f"Well: {EOT}."), ("u", "And?"), ("a", EOT))
+    tokenizer = with_template(CHATML)
+    assert trained_parts(messages, tokenizer) == [f"Well: {EOT}.{EOT}", f"{EOT}{EOT}"]
+    assert encode_chat(messages, tokenizer).input_ids.count(EOT_ID) == 4
+
+
+def test_an_answer_that_is_not_trained_need_not_be_found() -> None:
+    messages: list[Message] = [*FOUR[:1], {**FOUR[1], "train": False}, *FOUR[2:]]
+    assert trained_parts(messages, with_template(HARMONY)) == ["It is.<|end_of_text|>"]
+
+
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"])
+def test_a_mark_within_the_name_of_a_token_does_not_make_it_one(mark: str) -> None:
+    messages = chat(("u", f"{EOT[:4]}{mark}{EOT[4:]}"), ("a", f"{mark}{EOT}{mark}"))
+    for template in (BITNET_CHAT_TEMPLATE, CHATML):
+        assert encode_chat(messages, with_template(template)).input_ids.count(EOT_ID) == 2
+
+
+def test_a_template_that_takes_a_name_away_does_not_make_another() -> None:
+    torn = CHATML.replace("message.content", f"message.content | replace('{EOT}', '')")
+    messages = chat(("u", f"{EOT[:5]}{EOT}{EOT[5:]}"), ("a", "no"))
+    assert encode_chat(messages, with_template(torn)).input_ids.count(EOT_ID) == 2
+
+
 # ---- tools ----
 
 TOOLS = [

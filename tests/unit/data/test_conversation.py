@@ -260,8 +260,13 @@ def test_a_completion_that_nobody_should_learn_is_refused(tokenizer: Tokenizer, 
     good = row(prompt="Hi", completion="Hello.", **{name: True})
     assert messages_of(good)[1]["content"] == "Hello."
     assert list(unread_of_conversation(good.fields)) == []
-    numbered = row(prompt="Hi", completion="Hello.", **{name: 0})
-    assert list(unread_of_conversation(numbered.fields)) == [name]  # a class of something else
+    for yes in (1, "true"):
+        assert len(messages_of(row(prompt="Hi", completion="Hello.", **{name: yes}))) == 2
+    for no in (0, 0.0, "False"):
+        with pytest.raises(UserError, match=rf"{name} is false"):
+            messages_of(row(prompt="Hi", completion="Hello.", **{name: no}))
+    named = row(prompt="Hi", completion="Hello.", **{name: "greeting"})
+    assert list(unread_of_conversation(named.fields)) == [name]  # a class of something else
 
 
 # ---- Alpaca ----
@@ -296,11 +301,18 @@ def test_arguments_are_encoded_once(tokenizer: Tokenizer, arguments: object) -> 
     assert trained(tokenizer, messages=[ASKED, said]) == f"{json.dumps(ARGUMENTS)}<|eot_id|>"
 
 
-def test_a_template_that_writes_strings_as_they_are_gets_them(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    "writes",
+    [
+        "{{ a if a is string else (a | tojson) }}",  # Qwen3's
+        "{{ a }}",
+        "{{ '' + a }}",  # DeepSeek's
+    ],
+)
+def test_a_template_that_writes_strings_as_they_are_gets_them(writes: str) -> None:
     tokenizer = tiny_tokenizer()
-    test = "call.function.arguments is string"
-    both = f"{{{{ call.function.arguments if {test} else (call.function.arguments | tojson) }}}}"
-    tokenizer.chat_template = WRITES_ALL.replace("{{ call.function.arguments | tojson }}", both)
+    block = "{% set a = call.function.arguments %}" + writes
+    tokenizer.chat_template = WRITES_ALL.replace("{{ call.function.arguments | tojson }}", block)
     said = {"role": "assistant", "content": None, "tool_calls": [call('{"city":"Oslo"}')]}
     assert trained(tokenizer, messages=[ASKED, said]) == '{"city":"Oslo"}<|eot_id|>'
 
@@ -308,6 +320,27 @@ def test_a_template_that_writes_strings_as_they_are_gets_them(tokenizer: Tokeniz
 def test_arguments_that_are_no_json_stay_text(tokenizer: Tokenizer) -> None:
     said = {"role": "assistant", "content": None, "tool_calls": [call("print(1)")]}
     assert trained(tokenizer, messages=[ASKED, said]) == '"print(1)"<|eot_id|>'
+
+
+def test_content_beside_calls_is_trained_or_the_row_is_refused(tokenizer: Tokenizer) -> None:
+    said = {"role": "assistant", "content": "I look.", "tool_calls": [call(ARGUMENTS)]}
+    assert trained(tokenizer, messages=[ASKED, said]) == f"I look.{json.dumps(ARGUMENTS)}<|eot_id|>"
+    other = tiny_tokenizer()
+    other.chat_template = WRITES_ALL.replace("{{ m.content }}{% for", "{{ '' if m.tool_calls else m.content }}{% for")
+    assert trained(other, messages=[ASKED, said | {"content": ""}]) == f"{json.dumps(ARGUMENTS)}<|eot_id|>"
+    with pytest.raises(UserError, match="leaves out the content of an answer that has tool_calls"):
+        trained(other, messages=[ASKED, said])
+
+
+def test_thoughts_within_content_are_not_lost(tokenizer: Tokenizer) -> None:
+    """Qwen3's template takes them out of earlier answers."""
+    other = tiny_tokenizer()
+    cut = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    other.chat_template = WRITES_ALL.replace("{{ m.content }}{% for", cut + "{% for")
+    said = SAID | {"content": "<think>\ntwo and two\n</think>4"}
+    assert trained(other, messages=[ASKED, said]) == "<think>\ntwo and two\n</think>4<|eot_id|>"
+    with pytest.raises(UserError, match="leaves out the reasoning"):
+        trained(other, messages=[ASKED, said, ASKED, SAID])
 
 
 # ---- fields that are not done here ----

@@ -115,3 +115,11 @@ def test_bad_pairs(fields: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         pair(**fields)
     assert str(caught.value).startswith("pairs.jsonl:3: ")
+
+
+def test_a_transcript_may_end_where_the_answer_begins() -> None:
+    """As in Dahoas/full-hh-rlhf."""
+    fields = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " What?"}
+    pair = pair_of(Row("pairs.jsonl", 1, dict(fields)))
+    assert pair.prompt == [{"role": "user", "content": "Hi"}]
+    assert [message["content"] for message in (*pair.chosen, *pair.rejected)] == [" Hello.", " What?"]

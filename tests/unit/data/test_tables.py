@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pytest
 from pyarrow import parquet
 
@@ -105,6 +106,27 @@ def test_json_that_is_none_is_the_rows_error(tmp_path: Path) -> None:
     assert next(rows).fields == {"x": {"a": 1}}
     with pytest.raises(UserError, match=r"a.parquet:2: a value of type arrow.json is no JSON"):
         next(rows)
+
+
+@pytest.mark.parametrize(
+    "wrap", [pyarrow.list_, pyarrow.large_list, pyarrow.list_view, lambda kind: pyarrow.list_(kind, 1)]
+)
+def test_structs_in_lists_of_every_kind_lose_their_nulls(tmp_path: Path, wrap: Callable[..., Any]) -> None:
+    kind = wrap(pyarrow.struct([("a", pyarrow.int64()), ("b", pyarrow.int64())]))
+    table = pyarrow.table({"x": pyarrow.array([[{"a": 1}], [{"b": 2}], None], kind)})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert [row.fields for row in read_rows(str(tmp_path / "a.arrow"))] == [
+        {"x": [{"a": 1}]},
+        {"x": [{"b": 2}]},
+        {"x": None},
+    ]
+
+
+def test_a_map_is_an_object(tmp_path: Path) -> None:
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    parquet.write_table(pyarrow.table({"x": pyarrow.array([[("city", "Oslo")], None], kind)}), tmp_path / "a.parquet")
+    assert [row.fields["x"] for row in read_rows(str(tmp_path / "a.parquet"))] == [{"city": "Oslo"}, None]
 
 
 def test_strings_that_look_like_json_stay_strings(tmp_path: Path) -> None:

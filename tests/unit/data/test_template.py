@@ -83,6 +83,9 @@ def test_without_generation_blocks_a_span_goes_from_the_prompt_to_the_stop_token
         ("{{ missing.field }}", "chat_template: 'missing' is undefined"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "chat_template: Range too big"),
         ("{% include 'other' %}", "chat_template: no loader"),
+        ("{{ '{}'.format() }}", "chat_template: .*IndexError"),
+        ("{% break %}", "chat_template: SyntaxError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "chat_template: .*RecursionError"),
     ],
 )
 def test_templates_that_fail_or_leave_the_sandbox(template: str, message: str) -> None:
@@ -122,6 +125,12 @@ def test_a_template_that_writes_bitnets_format_is_known() -> None:
     assert writes_as_bitnet(begun)
     assert writes_as_bitnet(BITNET_CHAT_TEMPLATE.replace("{# BITNET #}{{ bos_token }}", ""))
     for other in (families.CHATML, families.LLAMA_3, OFFICIAL.replace("trim", "upper"), "{% broken", ""):
+        assert not writes_as_bitnet(other)
+
+
+def test_a_template_of_ones_own_is_not_taken_for_bitnets() -> None:
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    for other in (OFFICIAL.replace(" | trim", ""), tools + OFFICIAL, OFFICIAL.replace("capitalize", "title") + " "):
         assert not writes_as_bitnet(other)
 
 

@@ -234,8 +234,11 @@ def test_the_token_that_closes_an_answer_stops_a_generation(tmp_path: Path) -> N
 
 def test_what_generation_config_stops_at_stops_a_generation(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt-2")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [320, 322, null]}')
-    assert Tokenizer.from_folder(folder).stop_token_ids == (322, 320)
+    before = Tokenizer.from_folder(folder).fingerprint
+    (folder / "generation_config.json").write_text('{"eos_token_id": [320, 322, null, -1, 1000000000000]}')
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.stop_token_ids == (322, 320)
+    assert tokenizer.fingerprint != before  # the mask of an answer ends with a stop token
 
 
 @pytest.mark.parametrize(("family", "name"), [("gemma", "<end_of_turn>"), ("qwen2", "<|im_end|>")])
@@ -255,6 +258,24 @@ def test_without_a_template_of_its_own_bitnets_closes_with_eos(tmp_path: Path) -
     tokenizer = config_of(folder, chat_template=None, eos_token="</s>")
     ids, _ = encode_chat(chat("u: Hi", "a: No."), tokenizer)
     assert tokenizer.decode(ids) == "<s>User: Hi</s>Assistant: No.</s>"
+
+
+def test_special_tokens_keep_their_flags(tmp_path: Path) -> None:
+    """Phi-3's <|end|> takes the line break behind it."""
+    backend, config = FAMILIES["gpt-2"]()
+    backend.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True, rstrip=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = CHATML.replace("<|im_end|>", "<|end|>")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {**config, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": template}
+        )
+    )
+    tokenizer, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CHATS:
+        assert encode_chat(messages, tokenizer).input_ids == ids_of(theirs, messages)
+    tokenizer.save(tmp_path / "saved")
+    assert '"rstrip": true' in (tmp_path / "saved" / "tokenizer.json").read_text()
 
 
 # ---- templates ----

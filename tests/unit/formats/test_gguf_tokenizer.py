@@ -71,3 +71,13 @@ def test_gpt_2_splits_by_byte_level_alone(tmp_path: Path) -> None:
     stored = GGUFTokenizer(tmp_path, {**metadata(tmp_path), "tokenizer.ggml.pre": "gpt-2"}).tokenizer_json
     assert stored["pre_tokenizer"]["use_regex"]
     assert not stored["model"]["ignore_merges"]
+
+
+def test_a_tokenizer_without_bos_comes_back_without(tmp_path: Path) -> None:
+    """Though LLaMA-3's name of it is a token."""
+    (tmp_path / "source").mkdir()
+    write_tokenizer(tmp_path / "source")
+    file = tmp_path / "source" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}))
+    metadata = TokenizerFiles(tmp_path / "source", {"vocab_size": 304}).gguf_metadata()
+    assert GGUFTokenizer(tmp_path, metadata).tokenizer_config["bos_token"] is None

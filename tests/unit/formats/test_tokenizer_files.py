@@ -58,6 +58,8 @@ def test_bos_is_added_where_the_template_writes_it(tmp_path: Path, tokenizer: To
     added = "tokenizer.ggml.add_bos_token"
     edit(tmp_path, "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     assert metadata(tmp_path)[added] is False
+    edit(tmp_path, "tokenizer_config.json", chat_template="{# no bos_token #}{{ messages[0].content }}")
+    assert metadata(tmp_path)[added] is False
     edit(tmp_path, "tokenizer_config.json", chat_template=None)
     assert metadata(tmp_path)[added] is True
     edit(tmp_path, "tokenizer_config.json", add_bos_token=False)
@@ -131,6 +133,7 @@ def test_gpt_2_is_the_expression_of_byte_level_alone(tmp_path: Path, tokenizer: 
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer must be LLaMA-3's or GPT-2's"),
         ({"pre_tokenizer": None}, "pre_tokenizer must be"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizer must be null for GGUF, which keeps none"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer must be"),
         (
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},

@@ -68,11 +68,13 @@ def encode_chat(
         raise UserError("no answer of the conversation is to be trained (weight 0, train or loss false); drop the row")
     trained = [train_on == "all" and index > 0 for index in range(len(ids))]
     for (start, end), answer, text, is_wanted in zip(spans, answers, texts[1::2], wanted, strict=True):
+        if not is_wanted and train_on != "all":
+            continue
+        _check_found(text, tokenizer)
         if is_wanted:
-            _check_answer(answer, text, tokenizer)
-        if is_wanted or train_on == "all":
-            stop = _stop_index(ids, start, end, tokenizer) if text else start - 1
-            trained[start : stop + 1] = [is_wanted] * (stop + 1 - start)
+            _check_whole(answer, text, tokenizer)
+        stop = _stop_index(ids, start, end, tokenizer)
+        trained[start : stop + 1] = [is_wanted] * (stop + 1 - start)
     return EncodedChat(ids, trained)
 
 
@@ -177,19 +179,23 @@ def _answers(messages: Sequence[Message], spans: int) -> list[Message]:
     return answers
 
 
-def _check_answer(answer: Message, text: str, tokenizer: "Tokenizer") -> None:
-    """An answer that is trained must stand in the text as the row has it.
-
-    Without its reasoning it would teach not to think; beside tool calls some templates write no content.
-    """
+def _check_found(text: str, tokenizer: "Tokenizer") -> None:
+    """What is trained, or left out among what is, must be known."""
     if not text and not any(name in tokenizer.chat_template for name in (*tokenizer.stop_tokens, "eos_token")):
         raise UserError(_NO_STOP.format(" or ".join(tokenizer.stop_tokens)))
     if not text:
         raise UserError(
-            "chat_template: an answer that is trained cannot be found in the text: what stands before it changes with "
+            "chat_template: an answer cannot be found in the text: what stands before it changes with "
             "what follows, or its turn has no stop token; put {% generation %} and {% endgeneration %} around all "
             "that an assistant writes, or use data.train_on=last"
         )
+
+
+def _check_whole(answer: Message, text: str, tokenizer: "Tokenizer") -> None:
+    """An answer that is trained must stand in the text as the row has it.
+
+    Without its reasoning it would teach not to think; beside tool calls some templates write no content.
+    """
     thought, closed, _ = answer["content"].partition("</think>")
     for reasoning in (_reasoning_of(answer), thought.split("<think>")[-1].strip() if closed else ""):
         if tokenizer.quote(reasoning) not in text:

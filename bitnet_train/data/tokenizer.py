@@ -25,7 +25,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_train.data.pieces import PieceEncoder
-from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, names_in, writes_as_bitnet
+from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, writes_as_bitnet
+from bitnet_train.data.tokenizer_folder import read_config, read_stop_ids, token_of
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_file import GGUFFile
@@ -92,21 +93,20 @@ class Tokenizer:
         self._more_stop_ids = tuple(id for id in stop_token_ids if 0 <= id < self.vocab_size)
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: id for id, token in added.items() if token.special}
-        unknown = _token(self._config.get("unk_token")) or getattr(backend.model, "unk_token", None)
+        unknown = token_of(self._config.get("unk_token")) or getattr(backend.model, "unk_token", None)
         self._pieces = PieceEncoder(backend, self._special_ids, backend.token_to_id(unknown) if unknown else None)
         self._stops: tuple[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None
         self.chat_templates = self._templates()
+        # For the fingerprint: BitNet's template has had two texts, and a run goes on that was begun with the first.
         given = self._config.get("chat_template")
-        self._template_told = (
-            given if isinstance(given, str) else None
-        )  # for the fingerprint: BitNet's has had two texts
+        self._template_told = given if isinstance(given, str) else None
 
     def _named(self, role: str, usual: str | None) -> str | None:
         """The token of a role: by the config, which may say that there is none; else the usual one if it is a token."""
-        token = _token(self._config.get(role))
+        token = token_of(self._config.get(role))
         if token is None:
-            unsaid = usual is not None and role not in self._config
-            return usual if unsaid and self._backend.token_to_id(usual or "") is not None else None
+            known = usual is not None and role not in self._config and self._backend.token_to_id(usual) is not None
+            return usual if known else None
         if self._backend.token_to_id(token) is None:
             raise UserError(f"tokenizer_config.json: {role} {token!r} is no token of tokenizer.json; name one that is")
         return token
@@ -149,7 +149,7 @@ class Tokenizer:
     @cached_property
     def template_variables(self) -> dict[str, str]:
         """The names of special tokens, as transformers hands them to a template."""
-        others = {role: _token(entry) for role, entry in self._config.items() if role.endswith("_token")}
+        others = {role: token_of(entry) for role, entry in self._config.items() if role.endswith("_token")}
         roles = {**others, "bos_token": self.bos_token, "eos_token": self.eos_token}
         return {role: token for role, token in roles.items() if token is not None}
 
@@ -171,7 +171,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the only type that tokenizers raises
             raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
-        return cls(backend, _read_config(folder), _stop_ids(folder))
+        return cls(backend, read_config(folder), read_stop_ids(folder))
 
     def save(self, folder: str | Path) -> None:
         """Writes both files, so that `from_folder` and transformers' AutoTokenizer read the same tokenizer back."""
@@ -236,9 +236,8 @@ class Tokenizer:
 
     def _texts(self, ids: Iterable[int], skip_special_tokens: bool) -> Iterator[str]:
         """What each id adds to the text, or nothing while a character is not whole; then what is left."""
-        given: list[
-            int
-        ] = []  # the last ids whose text was given: what follows them is no beginning, and keeps its space
+        # The last ids whose text was given: what follows them is no beginning, and keeps its space.
+        given: list[int] = []
         pending: list[int] = []
 
         def added() -> str:
@@ -320,7 +319,7 @@ class Tokenizer:
         several = self.chat_templates if len(self.chat_templates) > 1 else None
         template = several or self._template_told or self.chat_template
         parts: list[object] = [self._backend.to_str(), self.bos_token, self.eos_token, self.pad_token, template]
-        words = {name for one in self.chat_templates.values() for name in names_in(one)}
+        words = {word for one in self.chat_templates.values() for word in re.findall(r"\w+", one)}
         used = {role: name for role, name in self.template_variables.items() if role in words}
         others = {role: name for role, name in used.items() if role not in ("bos_token", "eos_token", "pad_token")}
         usual = {id for id in (self.eos_token_id, self.eot_token_id) if id is not None}
@@ -375,40 +374,3 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     reserved = vocab_size - len(special) - backend.get_vocab_size()
     special += [f"<|reserved_special_token_{index}|>" for index in range(reserved)]
     return byte_level(backend, special)
-
-
-def _read_config(folder: Path) -> dict[str, object]:
-    """tokenizer_config.json, with what older and newer versions of transformers write into files beside it."""
-    config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
-    config.pop("auto_map", None)  # names code to be run
-    templates = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        templates = {"default": folder / "chat_template.jinja", **templates}
-    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
-    if texts:
-        several = [{"name": name, "template": text} for name, text in texts.items()]
-        config["chat_template"] = texts["default"] if list(texts) == ["default"] else several
-    return config
-
-
-def _read_object(file: Path) -> dict[str, object]:
-    """The object in a JSON file, empty where there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); write it anew or remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _stop_ids(folder: Path) -> list[int]:
-    """The ids at which generation_config.json says that a generation ends."""
-    given = _read_object(folder / "generation_config.json").get("eos_token_id")
-    return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int]
-
-
-def _token(entry: object) -> str | None:
-    """The text of a special token, which may be stored as {"content": text, ...}."""
-    content = entry.get("content") if isinstance(entry, Mapping) else entry
-    return content if isinstance(content, str) else None

@@ -237,6 +237,8 @@ def test_a_stop_token_that_an_answer_names_does_not_end_it() -> None:
 def test_an_answer_that_is_not_trained_need_not_be_found() -> None:
     messages: list[Message] = [*FOUR[:1], {**FOUR[1], "train": False}, *FOUR[2:]]
     assert trained_parts(messages, with_template(HARMONY)) == ["It is.<|end_of_text|>"]
+    with pytest.raises(UserError, match="its turn has no stop token"):
+        encode_chat(messages, with_template(HARMONY), "all")  # where it must be left out of all
 
 
 @pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"])

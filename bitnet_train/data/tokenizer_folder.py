@@ -1,0 +1,53 @@
+"""The files beside tokenizer.json that say which tokens have a role, and the chat templates.
+
+tokenizer_config.json, special_tokens_map.json     roles; older files have them in the second alone
+chat_template.jinja, additional_chat_templates/    templates, as transformers 5 writes them
+generation_config.json                             ids at which a generation ends
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from bitnet_train.errors import UserError
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """tokenizer_config.json, with what the other files say.
+
+    Raises:
+        UserError: a file is no JSON object.
+    """
+    config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
+    config.pop("auto_map", None)  # names code to be run
+    templates = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        templates = {"default": folder / "chat_template.jinja", **templates}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+    if texts:
+        several = [{"name": name, "template": text} for name, text in texts.items()]
+        config["chat_template"] = texts["default"] if list(texts) == ["default"] else several
+    return config
+
+
+def _read_object(file: Path) -> dict[str, object]:
+    """The object in a JSON file, empty where there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); write it anew or remove it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_stop_ids(folder: Path) -> list[int]:
+    """The ids at which generation_config.json says that a generation ends."""
+    given = _read_object(folder / "generation_config.json").get("eos_token_id")
+    return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int]
+
+
+def token_of(entry: object) -> str | None:
+    """The text of a special token, which may be stored as {"content": text, ...}."""
+    content = entry.get("content") if isinstance(entry, Mapping) else entry
+    return content if isinstance(content, str) else None

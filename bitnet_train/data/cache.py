@@ -10,7 +10,6 @@ while others that want it wait. One that is killed is gone on with, and ends wit
 
 import fcntl
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
@@ -23,6 +22,7 @@ from bitnet_train.data import workers
 from bitnet_train.data.digests import file_digest, fingerprint_of
 from bitnet_train.data.encoding import Encoder
 from bitnet_train.data.hub import hub_revision, is_hub_id
+from bitnet_train.data.notices import say, say_once
 from bitnet_train.data.paths import CACHE_TAG, expand, size_of
 from bitnet_train.data.progress import BuildProgress
 from bitnet_train.data.readers import format_of
@@ -121,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"waiting for another process that builds {folder}")
+            say(f"waiting for another process that builds {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -169,11 +169,7 @@ def report(paths: Sequence[str], counts: Counts, bad_rows: str) -> None:
     """A line if fields or rows were left out, an error if rows may not be: a store knows no rule of its own."""
     refuse(counts, bad_rows)
     if counts.unread:
-        _say(f"{', '.join(paths)}: columns not read: {', '.join(counts.unread)}")
+        say_once(f"{', '.join(paths)}: columns not read: {', '.join(counts.unread)}")
     if counts.bad:
         first = "; ".join(counts.bad_first)
-        _say(f"{', '.join(paths)}: {counts.bad} of {counts.rows} rows are bad and were skipped: {first}")
-
-
-def _say(message: str) -> None:
-    print(f"data: {message}", file=sys.stderr, flush=True)
+        say(f"{', '.join(paths)}: {counts.bad} of {counts.rows} rows are bad and were skipped: {first}")

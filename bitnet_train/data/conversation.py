@@ -117,12 +117,10 @@ def unread(fields: Fields, read: set[str], lists: Sequence[str] = ()) -> Iterato
     yield from (name for name, value in fields.items() if name not in read and value is not None)
     for name in lists:
         value = fields.get(name)
-        entries = value if isinstance(value, list) else [value]
-        for entry in entries:
+        for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, Mapping):
-                read = _OF_MESSAGES.union(_keys_of(entry))
-                names = (key for key, part in entry.items() if key not in read and part is not None)
-                yield from (f"{name}[].{key}" for key in names)
+                known = _OF_MESSAGES.union(_keys_of(entry))
+                yield from (f"{name}[].{key}" for key, part in entry.items() if key not in known and part is not None)
 
 
 def unread_of_conversation(fields: Fields) -> Iterator[str]:
@@ -294,9 +292,10 @@ def with_parsed_arguments(calls: Sequence[object]) -> list[object]:
 
 def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
     """The messages with the row's system message, if it has one, in front."""
-    name = "system" if fields.get("system") else "system_prompt"
-    system = fields.get(name)
-    return [as_message("system", system, name), *messages] if system else messages
+    given = [name for name in ("system", "system_prompt") if fields.get(name)]
+    if len(given) > 1:
+        raise UserError("the row has both system and system_prompt; drop one of them")
+    return [*(as_message("system", fields[name], name) for name in given), *messages]
 
 
 def check_order(messages: Sequence[Message]) -> None:

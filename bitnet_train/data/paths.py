@@ -12,12 +12,11 @@ a model, licences. Where the names of files say what is a train split, other spl
 import glob
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 from bitnet_train.data.hub import is_hub_id
+from bitnet_train.data.notices import say_once
 from bitnet_train.data.readers import FORMATS, format_of, is_readable
 from bitnet_train.data.saved import files_of, is_saved, splits_of
 from bitnet_train.errors import UserError
@@ -96,7 +95,7 @@ def _in_folder(folder: Path, split: str | None) -> list[str]:
         raise UserError(f"{folder}: the folder holds no file of {FORMATS}; check the path (a hub id is owner/name)")
     left = [of for of in splits if of not in wanted]
     if left and split is None:
-        _say_once(f"{folder}: the split train is read, {', '.join(left)} not (to name one: {folder}@{left[0]})")
+        say_once(f"{folder}: the split train is read, {', '.join(left)} not (to name one: {folder}@{left[0]})")
     return files
 
 
@@ -137,8 +136,3 @@ def _walk(folder: Path) -> Iterator[str]:
 def _is_data(file: Path) -> bool:
     name = file.name
     return is_readable(name) and not name.startswith(".") and not _NO_ROWS.fullmatch(name) and file.is_file()
-
-
-@cache
-def _say_once(message: str) -> None:
-    print(f"data: {message}", file=sys.stderr, flush=True)

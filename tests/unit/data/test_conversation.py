@@ -10,6 +10,7 @@ from bitnet_train.data.cache import tokenized
 from bitnet_train.data.chat import encode_chat, encode_pair
 from bitnet_train.data.conversation import Message, messages_of, text_of, tools_of, unread_of_conversation
 from bitnet_train.data.encoding import ChatEncoder, Encoder, PairEncoder, TextEncoder
+from bitnet_train.data.notices import say_once
 from bitnet_train.data.preference import Pair, pair_of, unread_of_pair
 from bitnet_train.data.sources import Row
 from bitnet_train.data.tokenizer import Tokenizer
@@ -414,7 +415,9 @@ def test_columns_not_read_are_named_once_a_start(
     rows = [fields, {**fields, "id": 1}, {**fields, "source": "web", "id": 2}, {**fields, "none": None}]
     file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     for num_proc in (1, 2, 1):  # built twice, and read from the cache
-        tokenized([file], encoder(tiny_tokenizer()), tmp_path / f"cache{num_proc}", num_proc)
+        say_once.cache_clear()
+        for _ in ("train", "val"):
+            tokenized([file], encoder(tiny_tokenizer()), tmp_path / f"cache{num_proc}", num_proc)
         assert capsys.readouterr().err == f"data: {file}: columns not read: {unread}\n"
 
 

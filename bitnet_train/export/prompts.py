@@ -114,14 +114,22 @@ def check_prompts(tokenizer: Tokenizer, ask: Ask) -> PromptCheck:
 
 
 def check_folder(tokenizer: Tokenizer, folder: Path) -> PromptCheck:
-    """transformers' ids, of an exported folder."""
+    """transformers' ids, of an exported folder.
+
+    Raises:
+        RuntimeFailure: transformers cannot read the tokenizer or run its template.
+    """
     transformers = importlib.import_module("transformers")
 
     def ask(prompts: Prompts, stops: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        given = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-        out = (theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True) for prompt in prompts)
-        return [list(one["input_ids"]) for one in out], given if isinstance(given, list) else [given]
+        how = {"add_generation_prompt": True, "return_dict": True}
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            given = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+            ids = [list(theirs.apply_chat_template(prompt, **how)["input_ids"]) for prompt in prompts]
+        except Exception as error:  # anything: a template is foreign code there, too
+            raise llama_process.RuntimeFailure(f"{type(error).__name__}: {error}") from None
+        return ids, given if isinstance(given, list) else [given]
 
     return check_prompts(tokenizer, ask)
 

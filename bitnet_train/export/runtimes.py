@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What one runtime computed, or why it was not run; and what it made of prompts."""
+    """What one runtime computed and made of prompts; and why it was not run, or not asked for prompts."""
 
     runtime: str
     agreement: Agreement | None
@@ -69,7 +69,8 @@ class Report:
         else:
             kl, top1, theirs, ours, _ = self.agreement
             figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
-        told = f"{figures}; {self.prompts}" if self.prompts else figures
+        parts = (figures, self.prompts, self.reason if self.agreement else "")
+        told = "; ".join(str(part) for part in parts if part)
         return f"{'' if self.agrees else 'error: '}{self.runtime}{':' if self.agreement else ''} {told}"
 
 
@@ -94,15 +95,22 @@ def compare(source: Source | Path, written: Path, text: Path | None = None) -> I
         yield Report(runtime.name, None, f"{runtime.package} is not installed")
         return
     model = open_source(source) if isinstance(source, Path) else source
-    prompts = None
+    prompts, reason = None, ""
     try:
         prompts = runtime.prompts(tokenizer_of(model), written)
+    except (llama_process.RuntimeFailure, UserError) as error:
+        reason = f"prompts not compared: {_in_one_line(error)}"
+    try:
         sample = take_sample(model, text)
         logits = runtime.logits(written, sample.ids)
     except (llama_process.RuntimeFailure, UserError) as error:
-        yield Report(runtime.name, None, " ".join(str(error).split()), prompts)
+        yield Report(runtime.name, None, _in_one_line(error), prompts)
         return
-    yield Report(runtime.name, agreement(sample, logits), prompts=prompts)
+    yield Report(runtime.name, agreement(sample, logits), reason, prompts)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def take_sample(source: Source, text: Path | None) -> Sample:

@@ -15,6 +15,7 @@ from bitnet_train.export import export
 from bitnet_train.export.cli import run
 from bitnet_train.export.llama_process import IK_LLAMA, ask
 from bitnet_train.export.prompts import check_folder, check_gguf, check_prompts, tokenizer_of
+from bitnet_train.export.runtimes import compare
 from bitnet_train.export.source import open_source
 from tests.families import FAMILIES, TEXTS, write_family
 from tests.folders import edit_config, write_master
@@ -111,6 +112,17 @@ def test_another_template_makes_the_command_fail(tmp_path: Path) -> None:
     assert str(found).startswith("prompts 0 of 36 equal, first 'Hi': [")
     assert not replace(found, equal=36, stops=(7,)).agrees
     assert str(replace(found, equal=36, first="", stops=(7,))) == "prompts 36 of 36 equal; does not stop at 7"
+
+
+def test_a_template_that_the_runtime_cannot_run_is_told(tmp_path: Path) -> None:
+    model, _ = write_model(tmp_path, "llama-3")
+    export(model, tmp_path / "packed")
+    config = tmp_path / "packed" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{{ bos_token }}", "{{ raise_exception('not here') }}"))
+    (report,) = compare(model, tmp_path / "packed")
+    assert report.agreement is not None
+    assert report.prompts is None
+    assert str(report).endswith("; prompts not compared: TemplateError: not here")
 
 
 def test_answers_that_training_cuts_are_counted_apart() -> None:

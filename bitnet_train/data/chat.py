@@ -180,7 +180,7 @@ def _answers(messages: Sequence[Message], spans: int) -> list[Message]:
 
 
 def _check_found(text: str, tokenizer: "Tokenizer") -> None:
-    """What is trained, or left out among what is, must be known."""
+    """Refuses a row with an answer whose place in the text is unknown."""
     if not text and not any(name in tokenizer.chat_template for name in (*tokenizer.stop_tokens, "eos_token")):
         raise UserError(_NO_STOP.format(" or ".join(tokenizer.stop_tokens)))
     if not text:

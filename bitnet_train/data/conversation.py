@@ -167,7 +167,7 @@ def _shape_of(fields: Fields) -> Shape:
 
 
 def instruction_of(fields: Fields) -> list[Message]:
-    """What Alpaca's rows ask: the turns of `history`, pairs of question and answer, then instruction and input."""
+    """The question of an Alpaca row: the turns of `history`, [question, answer] each, then instruction and input."""
     question = check_text(fields["instruction"], "instruction")
     if fields.get("input"):
         question += "\n\n" + check_text(fields["input"], "input")

@@ -1,4 +1,4 @@
-"""What the names of data stand for: files, globs, folders, saved data sets, hub ids.
+"""Expands the names that a user gives data: files, globs, folders, saved data sets, hub ids.
 
     rows.jsonl, shards/*.parquet    files
     folder                          the files of known formats in it, at any depth, links followed

@@ -1,4 +1,4 @@
-"""What a chat template wrote, to token ids: names of special tokens are tokens, but for those in a message.
+"""Encodes the text that a chat template wrote: names of special tokens are tokens, but for those in a message.
 
     pieces     the text, cut where an assistant's answers begin and end: a prompt ends where an answer begins, and a
                model that generates sees no further. "Assistant: " and "Hello" would share the space before the word

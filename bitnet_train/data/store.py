@@ -34,7 +34,7 @@ BAD_ROWS_NAMED = 3
 
 @dataclass(frozen=True)
 class Counts:
-    """What sequences were made of.
+    """Counts of the rows that sequences were made of.
 
     Attributes:
         rows: that were read.

@@ -17,7 +17,7 @@ Convert = Callable[[Any], Any]
 
 
 def converters(schema: "pyarrow.Schema") -> dict[str, Convert]:
-    """What the values of a column need, for the columns that need something. Each raises UserError for a bad value."""
+    """The functions that change the values of columns, by column; each raises UserError for a bad value."""
     found = {field.name: _converter(field.type) for field in schema}
     return {name: convert for name, convert in found.items() if convert is not None}
 

@@ -192,7 +192,7 @@ class Tokenizer:
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text is predicted from: BOS, or EOS, which ends the text before."""
+        """The token from which the first one of a text is predicted: BOS, or EOS, which ends the text before."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -235,7 +235,7 @@ class Tokenizer:
         return [*texts[:-1], texts[-1] + rest] if texts else []
 
     def _texts(self, ids: Iterable[int], skip_special_tokens: bool) -> Iterator[str]:
-        """What each id adds to the text, or nothing while a character is not whole; then what is left."""
+        """The text that each id adds, empty while a character is not whole; at the end the rest."""
         # The last ids whose text was given: what follows them is no beginning, and keeps its space.
         given: list[int] = []
         pending: list[int] = []

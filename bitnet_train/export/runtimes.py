@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What one runtime computed and made of prompts; and why it was not run, or not asked for prompts."""
+    """The result of one runtime: its logits and prompts beside ours, or why it was not run or not asked."""
 
     runtime: str
     agreement: Agreement | None
@@ -157,7 +157,7 @@ class _Runtime(NamedTuple):
     logits: Callable[[Path, list[int]], Tensor]
 
     def prompts(self, tokenizer: Tokenizer, written: Path) -> PromptCheck:
-        """What it makes of prompts."""
+        """Compares its ids of prompts with those of training."""
         return check_folder(tokenizer, written) if written.is_dir() else check_gguf(tokenizer, written, self.package)
 
 

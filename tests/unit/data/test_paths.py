@@ -1,4 +1,4 @@
-"""What names of data stand for: folders as datasets, the hub and people leave them."""
+"""Names of data: folders as datasets, the hub and people leave them."""
 
 import json
 import os

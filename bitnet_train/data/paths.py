@@ -30,6 +30,7 @@ _NO_ROWS = re.compile(
     r"|(licen[cs]e|readme|notice|copying|changelog|citation|requirements|merges|vocab)([._-].*)?\.txt",
     re.IGNORECASE,
 )
+_NAMED = 5  # files in a message
 # The words by which `datasets` tells splits apart (data_files.py).
 _SPLITS = {
     "train": "train|training",
@@ -82,7 +83,11 @@ def _expand_one(name: str) -> list[str]:
 
 def _in_folder(folder: Path, split: str | None) -> list[str]:
     """The files of a folder, or of one split of it; without, of train where names tell splits apart."""
-    found = {name: _split_of(name, folder) for name in _walk(folder)}
+    no_rows: list[str] = []
+    found = {name: _split_of(name, folder) for name in _walk(folder, no_rows)}
+    if no_rows:
+        more = f" and {len(no_rows) - _NAMED} more" if len(no_rows) > _NAMED else ""
+        say_once(f"{folder}: left alone, by their names no rows: {', '.join(sorted(no_rows)[:_NAMED])}{more}")
     splits = sorted({of for of in found.values() if of is not None})
     if split is not None and split not in splits:
         has = f"has {', '.join(splits)}" if splits else "tells no splits apart"
@@ -108,8 +113,12 @@ def _split_of(name: str, folder: Path) -> str | None:
     return next((split for split, words in _SPLIT_WORDS.items() if words.search(below)), None)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """The files of known formats and the saved data sets of a folder, at any depth."""
+def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
+    """The files of known formats and the saved data sets of a folder, at any depth.
+
+    Args:
+        no_rows: gets the names of files of known formats that are left alone.
+    """
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         here, real = Path(root), os.path.realpath(root)
@@ -126,13 +135,12 @@ def _walk(folder: Path) -> Iterator[str]:
             yield str(here)
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in filter(lambda name: _is_data(here / name), files):
+            for name in files:
                 file = os.path.realpath(here / name)
-                if file not in seen:  # a link beside its file
+                if name.startswith(".") or not is_readable(name) or not os.path.isfile(file):
+                    continue
+                if _NO_ROWS.fullmatch(name):
+                    no_rows.append(name)
+                elif file not in seen:  # no link beside its file
                     seen.add(file)
                     yield str(here / name)
-
-
-def _is_data(file: Path) -> bool:
-    name = file.name
-    return is_readable(name) and not name.startswith(".") and not _NO_ROWS.fullmatch(name) and file.is_file()

@@ -220,13 +220,15 @@ def test_without_a_file_of_train_all_are_read(tmp_path: Path) -> None:
 # ---- what is no data ----
 
 
-def test_files_that_are_no_rows_are_left_alone(tmp_path: Path) -> None:
+def test_files_that_are_no_rows_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", numbered(1))
     for name in ("dataset_infos.json", "dataset_info.json", "config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     for name in ("LICENSE.txt", "README.txt", "requirements-dev.txt", "vocab.txt"):
         (tmp_path / name).write_text("no document")
     assert texts(tmp_path) == ["row 0"]
+    told = f"data: {tmp_path}: left alone, by their names no rows: LICENSE.txt, README.txt, config.json, "
+    assert capsys.readouterr().err == told + "dataset_info.json, dataset_infos.json and 4 more\n"
     assert texts(tmp_path / "LICENSE.txt") == ["no document"]  # named, it is one
 
 

@@ -112,10 +112,10 @@ class PieceEncoder:
     @cached_property
     def _without_prefix(self) -> tokenizers.Tokenizer | None:
         """The tokenizer that puts no space in front of a text; None where this one puts none."""
-        stored = json.loads(self._backend.to_str())
-        changed = _prefix_free(stored)
-        if changed == stored:
+        steps = [json.loads(state_of(step)) for step in (self._backend.normalizer, self._backend.pre_tokenizer)]
+        if _prefix_free(steps) == steps:  # known without the vocabulary, which takes half a second to write
             return None
+        changed = _prefix_free(json.loads(self._backend.to_str()))
         backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
         backend.encode_special_tokens = True
         return backend
@@ -123,6 +123,11 @@ class PieceEncoder:
 
 def _quoted(name: re.Match[str]) -> str:
     return f"{QUOTE_START}{name[0]}{QUOTE_END}"
+
+
+def state_of(step: Any) -> str:
+    """A step of a tokenizer, such as its decoder, as tokenizer.json has it; "null" for None."""
+    return "null" if step is None else bytes(step.__getstate__()).decode()
 
 
 def _encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:

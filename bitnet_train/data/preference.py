@@ -3,8 +3,9 @@
     explicit    {"prompt", "chosen", "rejected"}      chosen and rejected may repeat the prompt
     implicit    {"chosen", "rejected"}                the prompt is what both begin with
 
-Each is a string, a message or a list of messages. The prompt may have other names: "conversations" (ShareGPT),
-"question" or "query", "instruction" with "input" and "history" (Alpaca), "messages" (axolotl). Strings in the form of
+Each is a string, a message or a list of messages. The prompt may also be called "conversations" (ShareGPT), and beside
+answers that stand without it "question", "query", "instruction" with "input" and "history" (Alpaca), "messages"
+(axolotl). Strings in the form of
 Anthropic's transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...", are read as messages.
 """
 
@@ -28,8 +29,9 @@ from bitnet_train.data.readers import Fields
 from bitnet_train.data.sources import Row, located
 from bitnet_train.errors import UserError
 
+_USUAL = ("prompt", "conversations")
 _PROMPTS = {  # the names of a prompt, the first that a row has, and what is read with it
-    **{name: (name,) for name in ("prompt", "conversations", "question", "query")},
+    **{name: (name,) for name in (*_USUAL, "question", "query")},
     "instruction": ("instruction", "input", "history"),
     "input": ("input",),
     "messages": ("messages",),
@@ -74,7 +76,17 @@ def unread_of_pair(fields: Fields) -> Iterator[str]:
 
 
 def _prompt_name(fields: Fields) -> str | None:
-    return next((name for name in _PROMPTS if fields.get(name) is not None), None)
+    """The field that is the prompt: one of the usual names, or another where the answers stand without their prompt."""
+    names = _USUAL if _begins_with_prompt(fields["chosen"]) else _PROMPTS
+    return next((name for name in names if fields.get(name) is not None), None)
+
+
+def _begins_with_prompt(answer: object) -> bool:
+    """Whether an answer is a whole conversation."""
+    if isinstance(answer, str):
+        return bool(_TRANSCRIPT_TURN.match(answer))
+    first = answer[0] if isinstance(answer, list) and answer else None
+    return isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt")
 
 
 def _explicit(fields: Fields, name: str) -> Pair:

@@ -204,7 +204,7 @@ def rows_of(batches: Iterable["pyarrow.RecordBatch"], number: int, start: int) -
 
 def _converted(row: Fields, changes: Mapping[str, Convert]) -> Fields | UserError:
     try:
-        return row | {name: change(row[name]) for name, change in changes.items()}
+        return row | {name: change(row[name]) for name, change in changes.items()} if changes else row
     except UserError as error:
         return error
 

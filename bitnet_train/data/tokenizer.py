@@ -24,7 +24,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from bitnet_train.data.pieces import PieceEncoder
+from bitnet_train.data.pieces import PieceEncoder, state_of
 from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, writes_as_bitnet
 from bitnet_train.data.tokenizer_folder import read_config, read_stop_ids, token_of
 from bitnet_train.errors import UserError
@@ -90,7 +90,7 @@ class Tokenizer:
         self.bos_token_id: int | None = None if self.bos_token is None else ids[self.bos_token]
         self.eos_token_id, self.pad_token_id = ids[self.eos_token], ids[self.pad_token]
         self.eot_token_id: int | None = backend.token_to_id(EOT)
-        self._more_stop_ids = tuple(id for id in stop_token_ids if 0 <= id < self.vocab_size)
+        self._more_stop_ids = tuple(id for id in stop_token_ids if 0 <= id < 1 << 32 and backend.id_to_token(id))
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: id for id, token in added.items() if token.special}
         unknown = token_of(self._config.get("unk_token")) or getattr(backend.model, "unk_token", None)
@@ -283,35 +283,37 @@ class Tokenizer:
         """One more than the largest id: the rows that an embedding needs."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @cached_property
+    @property
     def byte_lengths(self) -> list[int]:
         """Bytes of text that each id stands for within a text; 0 for special tokens and for ids that are no token."""
-        return self._byte_lengths(at_beginning=False)
+        return self._byte_lengths[0]
 
-    @cached_property
+    @property
     def first_byte_lengths(self) -> list[int]:
         """`byte_lengths` at the beginning of a text, where a token's space in front may have been added."""
-        return self._byte_lengths(at_beginning=True)
+        return self._byte_lengths[1]
 
-    def _byte_lengths(self, at_beginning: bool) -> list[int]:
-        lengths = [0] * self.vocab_size
+    @cached_property
+    def _byte_lengths(self) -> tuple[list[int], list[int]]:
         added = self._backend.get_added_tokens_decoder()
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
-        is_byte_level = '"ByteLevel"' in decoder
+        words = {token: id for token, id in vocabulary.items() if id not in added}
+        within = [0] * self.vocab_size
+        first = within.copy()
+        asked = {token.content: id for id, token in added.items() if not token.special}
+        if state_of(self._backend.decoder).count('"ByteLevel"'):
+            for token, id in words.items():
+                within[id] = first[id] = len(token)  # one character per byte
+        else:
+            asked |= words
         # the anchor is any token with letters: its text is taken away again
-        letters = (id for token, id in vocabulary.items() if token.isalpha())
-        anchor = [] if at_beginning else [id for id in (next(letters, None),) if id is not None]
-        before = len(self.decode(anchor).encode())
-        texts = self._backend.decode_batch([[*anchor, id] for id in vocabulary.values()], skip_special_tokens=False)
-        for (token, id), text in zip(vocabulary.items(), texts, strict=True):
-            if id in added and added[id].special:
-                continue
-            if is_byte_level and id not in added:
-                lengths[id] = len(token)  # one character per byte
-            else:
-                lengths[id] = 1 if _BYTE.fullmatch(token) else len(text.encode()) - before
-        return lengths
+        anchor = [id for token, id in words.items() if token.isalpha()][:1]
+        for lengths, before in ((within, anchor), (first, [])):
+            size = len(self.decode(before).encode())
+            texts = self._backend.decode_batch([[*before, id] for id in asked.values()], skip_special_tokens=False)
+            for (token, id), text in zip(asked.items(), texts, strict=True):
+                lengths[id] = 1 if _BYTE.fullmatch(token) else len(text.encode()) - size
+        return within, first
 
     @cached_property
     def fingerprint(self) -> str:

@@ -56,12 +56,13 @@ def evaluate(
         raise UserError(
             f"--sequence-length must be at most the context ({model.config.max_position_embeddings}), got {length}"
         )
-    if _holds_text(paths):
+    is_text = _holds_text(paths)
+    if is_text:
         rows: Rows = TextData(sequence_length=length).rows(paths, tokenizer)
     else:
         rows = ChatData(sequence_length=length, long_rows="error").rows(paths, tokenizer)
     nll_sum, tokens, size = total_nll(model, rows, tokenizer)
-    if _holds_text(paths) and tokenizer.bos_token_id is not None:  # a tokenizer may lose characters that a text has
+    if is_text and tokenizer.bos_token_id is not None:  # a tokenizer may lose characters that a text has
         size = sum(len(text_of(row).encode()) for row in read_rows(paths))
     nll = nll_sum / tokens
     bits_per_byte = nll_sum / math.log(2) / size

@@ -1,6 +1,6 @@
 """Whether other programs make the ids of a prompt that training made.
 
-    ours           `encode_prompt`, of the tokenizer that was trained with
+    ours           as `encode_prompt`, of the tokenizer that was trained with
     transformers   apply_chat_template on the exported folder
     GGUF           the file's template, rendered here as llama-server does, tokenized by the runtime: a BOS that the
                    template wrote is taken away, and the runtime adds its own where the file says so
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitnet_train.data.chat import chat_pieces, encode_prompt
+from bitnet_train.data.chat import chat_pieces
 from bitnet_train.data.conversation import Message
 from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, render
 from bitnet_train.data.tokenizer import Tokenizer
@@ -27,8 +27,8 @@ from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 from bitnet_train.formats.hf_folder import GENERATION_CONFIG, write_json
 
 Prompts = Sequence[list[Message]]
+# Of prompts, and of ids that end our generation: the runtime's ids of each prompt, and ids at which it stops.
 Ask = Callable[[Prompts, Sequence[int]], tuple[list[list[int]], Sequence[int]]]
-"""Prompts and ids to the runtime's ids of each prompt, and those of the ids at which it stops."""
 
 _TEXTS = (  # letters of several scripts, composed and not; digits, code, spaces, signs
     *("Hi", "What does the rule unused-import check?", "12 + 3 = 15, 1234567890", "I'll say it's DON'T"),
@@ -78,26 +78,24 @@ def tokenizer_of(source: Source) -> Tokenizer:
         return Tokenizer.from_folder(folder)
 
 
-def conversations(tokenizer: Tokenizer) -> Iterator[list[Message]]:
-    """Conversations that end with a user's message, those that the template refuses left out."""
+def conversations() -> Iterator[list[Message]]:
+    """Conversations that end with a user's message."""
     system = Message(role="system", content="Be brief. Größe!")
     answer = Message(role="assistant", content="Yes, 1.")
     for text in _TEXTS:
         user = Message(role="user", content=text)
-        for messages in ([user], [system, user], [user, answer, user]):
-            try:
-                encode_prompt(messages, tokenizer)
-            except UserError:
-                continue
-            yield messages
+        yield from ([user], [system, user], [user, answer, user])
 
 
 def check_prompts(tokenizer: Tokenizer, ask: Ask) -> PromptCheck:
     """Compares a runtime's ids and stops with those of the tokenizer that was trained with."""
     compared, expected, cut = [], [], 0
-    for messages in conversations(tokenizer):
-        ids = encode_prompt(messages, tokenizer)
-        pieces = chat_pieces(messages, tokenizer, add_generation_prompt=True)
+    for messages in conversations():
+        try:
+            pieces = chat_pieces(messages, tokenizer, add_generation_prompt=True)
+        except UserError:  # templates may refuse system messages
+            continue
+        ids = [id for piece in tokenizer.encode_pieces(pieces) for id in piece]
         if tokenizer.encode_pieces(["".join(pieces)]) == [ids]:
             compared.append(messages)
             expected.append(ids)

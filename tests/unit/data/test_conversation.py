@@ -449,6 +449,19 @@ def test_a_prompt_under_another_name_is_the_prompt(prompt: dict[str, object]) ->
     )
 
 
+@pytest.mark.parametrize("other", [{"question": "What?"}, {"input": "x"}, {"messages": [ASKED, SAID]}])
+def test_whole_conversations_need_no_prompt_beside_them(other: dict[str, object]) -> None:
+    """As in orpo-dpo-mix and UltraFeedback: other columns repeat, or tell, what the conversations hold."""
+    whole = {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5"}]}
+    for answers in (
+        whole,
+        {name: f"\n\nHuman: 2+2?\n\nAssistant: {text}" for name, text in {"chosen": 4, "rejected": 5}.items()},
+    ):
+        pair = pair_of(row(**answers, **other))
+        assert (pair.prompt, pair.chosen) == ([ASKED], [SAID])
+        assert list(unread_of_pair({**answers, **other})) == list(other)
+
+
 def test_alpacas_history_belongs_to_the_prompt() -> None:
     fields = {"instruction": "And of Spain?", "input": "", "history": [["Capital of Italy?", "Rome."]]}
     pair = pair_of(row(**fields, chosen="Madrid.", rejected="Rome."))

@@ -193,8 +193,12 @@ def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
 
 
 def rows_of(batches: Iterable["pyarrow.RecordBatch"], number: int, start: int) -> Placed:
-    """The rows from number `start` on, counted from 0; the first batch begins with row `number`."""
+    """The rows from number `start` on, counted from 0; the first batch begins with row `number`.
+
+    Offsets and lengths in a file are taken on trust by Arrow, which would read beyond the file: they are checked first.
+    """
     for batch in batches:
+        batch.validate(full=True)
         changes = converters(batch.schema)
         for first in range(max(start - number, 0), batch.num_rows, _ROWS_AS_OBJECTS):
             rows = batch.slice(first, _ROWS_AS_OBJECTS).to_pylist()

@@ -111,6 +111,16 @@ def writes_as_bitnet(template: str) -> bool:
     return alike and not {"tools", "tool_calls"} & names_in(template)
 
 
+def bitnet_template(ends_turns: bool) -> str:
+    """BitNet's template, for a tokenizer that has <|eot_id|>, or for one whose turns end with EOS."""
+    return BITNET_CHAT_TEMPLATE if ends_turns else BITNET_CHAT_TEMPLATE.replace("<|eot_id|>", "{{ eos_token }}")
+
+
+def renewed(template: str, ends_turns: bool) -> str:
+    """Today's text of BitNet's template for one that writes the same but for BOS; any other template as it is."""
+    return bitnet_template(ends_turns) if writes_as_bitnet(template) else template
+
+
 @lru_cache(maxsize=16)
 def writes_strings(template: str, **variables: str) -> bool:
     """Whether a template writes arguments of tool calls that are JSON as they are; `tojson` would encode them again."""

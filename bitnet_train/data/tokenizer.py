@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_train.data.pieces import PieceEncoder, state_of
-from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, closing_token, writes_as_bitnet
+from bitnet_train.data.template import bitnet_template, closing_token, renewed
 from bitnet_train.data.tokenizer_folder import read_config, read_stop_ids, token_of
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
@@ -128,10 +128,8 @@ class Tokenizer:
                     "name the one for rows without tools"
                 )
             return templates
-        bitnet = BITNET_CHAT_TEMPLATE
-        if self.eot_token_id is None:
-            bitnet = bitnet.replace("<|eot_id|>", "{{ eos_token }}")
-        return {"default": given if isinstance(given, str) and not writes_as_bitnet(given) else bitnet}
+        ends_turns = self.eot_token_id is not None
+        return {"default": renewed(given, ends_turns) if isinstance(given, str) else bitnet_template(ends_turns)}
 
     @property
     def chat_template(self) -> str:
@@ -162,9 +160,7 @@ class Tokenizer:
         """
         folder = Path(path)
         if folder.is_file():
-            stored = GGUFTokenizer(folder, GGUFFile(folder).metadata)
-            backend = tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json))
-            return cls(backend, stored.tokenizer_config, stored.stop_ids)
+            return cls.from_gguf(GGUFTokenizer(folder, GGUFFile(folder).metadata))
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json; name a folder that has one, as save_pretrained writes it")
         try:
@@ -172,6 +168,16 @@ class Tokenizer:
         except Exception as error:  # the only type that tokenizers raises
             raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
         return cls(backend, read_config(folder), read_stop_ids(folder))
+
+    @classmethod
+    def from_gguf(cls, stored: GGUFTokenizer) -> "Tokenizer":
+        """The tokenizer among the keys of a GGUF file.
+
+        Raises:
+            UserError: a key is missing, or the tokenizer is none that is read here.
+        """
+        backend = tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json))
+        return cls(backend, stored.tokenizer_config, stored.stop_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes both files, so that `from_folder` and transformers' AutoTokenizer read the same tokenizer back."""
@@ -201,9 +207,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the cores."""
-        if self._pieces.has_words_for_names:
+        if self.has_words_for_names:
             return [self.encode_pieces([self.quote(text)])[0] for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @property
+    def has_words_for_names(self) -> bool:
+        """Whether the model itself makes special tokens of their names, as Unigram does: they are words of it."""
+        return self._pieces.has_words_for_names
 
     def quote(self, text: str) -> str:
         """The text with marks around every name of a special token, so that `encode_pieces` reads it as text."""
@@ -253,6 +264,17 @@ class Tokenizer:
             yield text
             given, pending = (pending if self.decode(pending, skip_special_tokens) else given + pending), []
         yield added()
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The names of the special tokens: BOS and EOS, then the others in the order of their ids."""
+        others = sorted(self._special_ids, key=self._special_ids.__getitem__)
+        return list(dict.fromkeys(name for name in (self.bos_token, self.eos_token, *others) if name is not None))
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """The ids of `special_tokens`."""
+        return [self._special_ids[name] for name in self.special_tokens]
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.evaluation.tasks import evaluate_task
+from bitnet_train.generate.loading import load
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import load_for_inference, source_folder
 
 Figures = dict[str, Mapping[str, object]]  # of every set and task
 
@@ -75,8 +75,7 @@ def _parser() -> ArgumentParser:
 def _main() -> None:
     args = _parser().parse_args()
     _check(args)
-    folder = source_folder(args.source, "SRC")
-    model, tokenizer = load_for_inference(folder), Tokenizer.from_folder(folder)
+    model, tokenizer = load(args.source, "SRC")
     entries: Figures = {}
     for name, figures in _measure(args, model, tokenizer):
         if name in entries:

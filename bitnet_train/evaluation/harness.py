@@ -22,8 +22,8 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
 from bitnet_train.generate import Sampling, stream, until
+from bitnet_train.generate.loading import load
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import load_for_inference, source_folder
 
 try:
     from lm_eval import simple_evaluate
@@ -59,8 +59,7 @@ class BitNetLM(LM):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, source: str) -> "BitNetLM":
         """The model of a run directory, a folder (master or packed), a GGUF file or a hub id."""
-        folder = source_folder(source, "source")
-        return cls(load_for_inference(folder), Tokenizer.from_folder(folder))
+        return cls(*load(source, "source"))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""

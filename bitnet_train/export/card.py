@@ -1,18 +1,25 @@
 """The model card, README.md: what the model is, how to run it, how it was made.
 
 What a run left beside its result is read here: .hydra/config.yaml and metrics.jsonl. Where there is no run, the card of
-the source folder takes its place.
+the source folder takes its place. A card is public: it names no folder of a machine, and what others wrote (name,
+licence, values of the configuration) is text in it and never markup.
 """
 
 import json
+import os
+import re
+import shlex
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
 
 from bitnet_train.export.source import Source
-from bitnet_train.export.targets import Target
+from bitnet_train.export.targets import Target, readers
 from bitnet_train.formats.model_card import read_yaml, split_card
+from bitnet_train.formats.private_paths import text_without_paths, without_path
 
 _CARD = """---
 {front_matter}
@@ -41,8 +48,8 @@ _TRANSFORMERS = """`pip install torch transformers accelerate`, then:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
 tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```"""
@@ -52,9 +59,16 @@ _IK_LLAMA = """ik_llama.cpp computes with a type of its own; let it convert the 
     llama-quantize --allow-requantize --token-embedding-type f16 --output-tensor-type f16 {name} ik.gguf IQ2_BN
     llama-cli -m ik.gguf -p "Once upon a time"
 
-bitnet.cpp runs the file as it is: `python run_inference.py -m {name} -p "Once upon a time"`."""
+"""
+
+_BITNET = """bitnet.cpp runs the file as it is:
+
+    python run_inference.py -m {name} -p "Once upon a time\""""
 
 _LLAMA = """    llama-cli -m {name} -p "Once upon a time"          # {readers}"""
+
+_MARKUP = re.compile(r"[\\`*\[\]|#]|(?<![\w])_|_(?![\w])")
+T = TypeVar("T")
 
 _CONFIG_KEYS = {
     "recipe": "recipe_name",
@@ -80,12 +94,12 @@ def model_card(source: Source, target: Target, name: str, size: int) -> str:
     front_matter = {
         "library_name": "gguf" if target.format == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": "[bitnet, bitnet_train, 1.58-bit]",
+        "tags": ["bitnet", "bitnet_train", "1.58-bit"],
         **({"license": source.licence} if source.licence else {}),
     }
     card = _CARD.format(
-        front_matter="\n".join(f"{key}: {value}" for key, value in front_matter.items()),
-        name=source.name,
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True, width=10**6).strip(),
+        name=_escaped(without_path(source.name)),
         contents=_CONTENTS.get(str(target), f"GGUF, ternary matrices of type {target.variant.upper()}."),
         usage=_usage(source, target, name),
         model=_table(_shape(source, size)),
@@ -95,10 +109,12 @@ def model_card(source: Source, target: Target, name: str, size: int) -> str:
 
 def _usage(source: Source, target: Target, name: str) -> str:
     if target.format != "gguf":
-        return _TRANSFORMERS.format(name=name)
+        return _TRANSFORMERS.format(name=json.dumps(_in_one_line(name), ensure_ascii=False))
+    file = shlex.quote(_in_one_line(name))
     if target.variant == "i2_s":
-        return _IK_LLAMA.format(name=name)
-    return _LLAMA.format(name=name, readers=target.readers(source.config.hidden_act))
+        ik_llama = _IK_LLAMA.format(name=file) if len(readers(source, target)) > 1 else ""
+        return ik_llama + _BITNET.format(name=file)
+    return _LLAMA.format(name=file, readers=", ".join(readers(source, target)))
 
 
 def _shape(source: Source, size: int) -> dict[str, object]:
@@ -120,13 +136,15 @@ def _history(source: Source) -> str:
     """The run that made the model: data, metrics, configuration; or what the source's own card says."""
     run_dir = source.run_dir
     if run_dir is None or not (run_dir / ".hydra" / "config.yaml").is_file():
-        body = split_card(source.path)[1].strip()
+        body = text_without_paths(split_card(source.path)[1].strip())
         return f"\n## Card of the source\n\n{body}\n" if body else ""
     path = run_dir / ".hydra" / "config.yaml"
-    text = path.read_text(encoding="utf-8")
-    made = {label: _at(read_yaml(path, text), key) for label, key in _CONFIG_KEYS.items()}
+    config = _public(read_yaml(path, path.read_text(encoding="utf-8")))
+    made = {label: _at(config, key) for label, key in _CONFIG_KEYS.items()}
     made = {label: value for label, value in made.items() if value is not None} | _last_metrics(run_dir)
-    details = f"<details><summary>Configuration of the run</summary>\n\n```yaml\n{text.strip()}\n```\n\n</details>"
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6).strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    details = f"<details><summary>Configuration of the run</summary>\n\n{fence}yaml\n{text}\n{fence}\n\n</details>"
     return f"\n## How it was made\n\n{_table(made)}\n\n{details}\n"
 
 
@@ -147,5 +165,33 @@ def _at(config: Mapping[str, Any], key: str) -> object:
     return value
 
 
+def _public(value: T) -> T:
+    """A configuration without folders of the machine: of a path the last part stays, ids of the hub and URLs stay."""
+    if isinstance(value, str):
+        return _public_text(value)  # type: ignore[return-value]
+    if isinstance(value, Mapping):
+        return {key: _public(entry) for key, entry in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]  # type: ignore[return-value]
+    return value
+
+
+def _public_text(text: str) -> str:
+    text = text_without_paths(without_path(text))
+    name, equals, path = text.rpartition("=")  # data.val=NAME=PATH
+    parts = [part for part in path.split("/") if part]
+    here = path.startswith(".") or os.path.exists(path) or len(parts) > 2
+    return f"{name}{equals}{parts[-1]}" if here and len(parts) > 1 and "\n" not in text and "://" not in text else text
+
+
 def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_escaped(str(value))} |" for name, value in rows.items())])
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escaped(text: str) -> str:
+    """The text in one line, and as Markdown shows it: no markup, no HTML, no cell of a table."""
+    return _MARKUP.sub(lambda match: f"\\{match[0]}", _in_one_line(text)).replace("<", "&lt;")

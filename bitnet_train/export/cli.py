@@ -4,14 +4,16 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, run_command
 from bitnet_train.export import hub, runtimes
 from bitnet_train.export.exporter import DTYPES, ExportResult, export
+from bitnet_train.export.readback import NotVerifiedError
 from bitnet_train.export.source import open_source
-from bitnet_train.export.targets import FORMATS, GGUF_TYPES, TARGETS, refusal
+from bitnet_train.export.targets import FORMATS, GGUF_TYPES, TARGETS, readers, refusal
 from bitnet_train.formats.hf_folder import LINEAR_CLASSES
 from bitnet_train.formats.safetensors_file import MAX_SHARD_BYTES
 from bitnet_train.memory import keep_freed_memory
@@ -33,8 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="also run transformers or ik_llama.cpp, where installed, on real text. Reading the result back and "
-        "comparing every code and scale is done without asking; --no-verify leaves it out",
+        help="also run transformers, ik_llama.cpp or llama.cpp, where installed, on real text, prompts and awkward "
+        "texts. Reading the result back and comparing every code and scale is done without asking; --no-verify "
+        "leaves it out. What is not as it was trained is not kept",
     )
     add("--text", metavar="FILE", type=Path, help="--verify: the text to run (default: help pages of Python)")
     add("--force", action="store_true", help="replace an earlier export at OUT")
@@ -59,11 +62,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {args.target}: cannot be written: {error.strerror}; nothing was changed", file=sys.stderr)
         return EXIT_FAILURE
-    print(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)")
-    for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if not (_report(result) and (not args.verify or _runtimes(args))):
+    except NotVerifiedError as error:
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    _tell(result, bool(args.verify))
     if args.push_to_hub:
         hub.push(result.path, result.card, args.push_to_hub, dry_run=not args.no_dry_run)
     return 0
@@ -73,7 +75,7 @@ def _list(args: argparse.Namespace) -> int:
     source = open_source(args.source, quantize=args.quantize, tokenizer=args.tokenizer)
     for target in TARGETS:
         reason = refusal(source, target)
-        told = f"yes   {target.readers(source.config.hidden_act)}" if reason is None else f"no    {reason}"
+        told = f"yes   {', '.join(readers(source, target))}" if reason is None else f"no    {reason}"
         print(f"{target!s:27} {told}")
     return 0
 
@@ -113,6 +115,7 @@ def _export(args: argparse.Namespace) -> ExportResult:
         dtype=args.dtype,
         max_shard_bytes=MAX_SHARD_BYTES if args.max_shard_size is None else _bytes(args.max_shard_size),
         verify=args.verify is not False,
+        examine=partial(runtimes.compare, text=args.text) if args.verify else None,
         force=args.force,
         quantize=args.quantize,
         tokenizer=args.tokenizer,
@@ -129,25 +132,18 @@ def _bytes(size: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def _report(result: ExportResult) -> bool:
-    """Prints what was read back; False where it differs."""
-    if result.verification is None:
-        return True
-    if result.verification.mismatches:
-        print(f"error: {result.path}: {result.verification}", file=sys.stderr)
-        return False
-    print(result.verification)
-    return True
-
-
-def _runtimes(args: argparse.Namespace) -> bool:
-    """Prints what the runtimes compute with the result; False where one computes another function."""
-    agree = True
-    source = open_source(args.source, quantize=args.quantize, tokenizer=args.tokenizer)
-    for report in runtimes.compare(source, args.target, args.text):
-        print(report, file=sys.stdout if report.agrees else sys.stderr)
-        agree = agree and report.agrees
-    return agree
+def _tell(result: ExportResult, in_full: bool) -> None:
+    """Prints what was written and found; in full also what became of everything in the source."""
+    print(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)")
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if result.verification is not None:
+        print(result.verification)
+    for account in result.accounts if in_full else ():
+        print(account)
+    for report in result.reports:
+        for line in report.lines():
+            print(line.text)
 
 
 def main() -> NoReturn:

@@ -14,7 +14,10 @@ from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config, write_json
 from bitnet_train.formats.packing import pack_ternary, packed_shape
 from bitnet_train.formats.parts import nothing
+from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.safetensors_file import LazyTensors, TensorInfo, write_weights
+from bitnet_train.formats.scale import rounded_scale
+from bitnet_train.model.weights import located
 
 
 def write_folder(
@@ -24,6 +27,7 @@ def write_folder(
     dtype: torch.dtype,
     max_shard_bytes: int,
     written: Callable[[Path, str], object] = nothing,
+    whole: Callable[[Path], object] = nothing,
 ) -> None:
     """Writes the folder whole or not at all.
 
@@ -34,6 +38,7 @@ def write_folder(
         dtype: of the float tensors, the scales among them: transformers multiplies in it.
         max_shard_bytes: size at which the weights are cut into several files.
         written: called with the folder, under its temporary name, and each tensor that is in it.
+        whole: called with the folder before it gets its name; it is removed if this raises.
     """
     masters = target.format == "master"
     tensors = _masters(source, dtype) if masters else _packed(source, target.variant, dtype)
@@ -42,13 +47,18 @@ def write_folder(
         write_json(folder / GENERATION_CONFIG, source.generation_config)
         source.tokenizer.write(folder)
         write_weights(folder, tensors, max_shard_bytes, written)
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         (folder / "README.md").write_text(model_card(source, target, path.name, size), encoding="utf-8")
+        whole(folder)
 
 
 def stored_scale(scale: Tensor, linear_class: str, dtype: torch.dtype) -> Tensor:
-    """weight_scale `(1,)` of a packed folder: g for autobitlinear, 1 / g for bitlinear, rounded to the dtype."""
-    return (scale.reciprocal() if linear_class == "bitlinear" else scale).to(dtype).reshape(1)
+    """weight_scale `(1,)` of a packed folder: g for autobitlinear, 1 / g for bitlinear, rounded to the dtype.
+
+    Raises:
+        ValueError: the dtype does not hold it.
+    """
+    return rounded_scale(scale.reciprocal() if linear_class == "bitlinear" else scale, dtype).reshape(1)
 
 
 def _masters(source: Source, dtype: torch.dtype) -> list[LazyTensors]:
@@ -60,7 +70,9 @@ def _packed(source: Source, linear_class: str, dtype: torch.dtype) -> list[LazyT
 
     def ternary(name: str) -> dict[str, Tensor]:
         codes, scale = source.weights.ternary(name)
-        return {name: pack_ternary(codes), f"{name}_scale": stored_scale(scale, linear_class, dtype)}
+        with located(source.path, name):
+            stored = stored_scale(scale, linear_class, dtype)
+        return {name: pack_ternary(codes), f"{name}_scale": stored}
 
     def lazy(name: str, rows: int, columns: int) -> LazyTensors:
         packed = TensorInfo(torch.uint8, packed_shape((rows, columns)))
@@ -82,7 +94,8 @@ def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensors:
 
 def _config(source: Source, target: Target, dtype: torch.dtype) -> dict[str, object]:
     """config.json of the folder: the source's, with what the weights now are, and the ids of the tokenizer."""
-    config = dict(source.config_json)
+    config = without_paths(dict(source.config_json))
+    config.pop("auto_map", None)  # names code to be run
     if source.tokenizer.eos_id is not None:  # BOS may be none: transformers' default is another tokenizer's
         config = {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id} | config
     config.pop("dtype", None)  # transformers 5's name of torch_dtype

@@ -10,15 +10,21 @@ from torch import Tensor
 from bitnet_train.export.source import Source
 from bitnet_train.export.targets import GGUF_TYPES, GGUFTypes
 from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, gguf_name, model_metadata
-from bitnet_train.formats.gguf_blocks import GGMLType, pack_float
+from bitnet_train.formats.gguf_blocks import SCALE_TYPES, GGMLType, pack_float
 from bitnet_train.formats.gguf_file import LazyBlocks, write_gguf
 from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, pack_ternary_blocks
 from bitnet_train.formats.parts import nothing
+from bitnet_train.formats.private_paths import without_path
+from bitnet_train.formats.scale import all_zero, rounded_scale
 from bitnet_train.model.weights import located
 
 
 def write_gguf_model(
-    source: Source, path: Path, type_name: str, written: Callable[[Path, str], object] = nothing
+    source: Source,
+    path: Path,
+    type_name: str,
+    written: Callable[[Path, str], object] = nothing,
+    whole: Callable[[Path], object] = nothing,
 ) -> None:
     """Writes the file whole or not at all.
 
@@ -27,14 +33,16 @@ def write_gguf_model(
         path: the file, replaced if it is there.
         type_name: one of `GGUF_TYPES`.
         written: called with the file, under its temporary name, and each tensor of the model that is in it.
+        whole: called with the file before it gets its name; it is removed if this raises.
     """
     types = GGUF_TYPES[type_name]
     fields = {**source.config_json, **asdict(source.config)}
-    metadata = model_metadata(source.name, fields, types.file_type, source.licence) | source.tokenizer.gguf_metadata()
+    name = without_path(source.name)
+    metadata = model_metadata(name, fields, types.file_type, source.licence) | source.gguf_tokenizer
     names = {gguf_name(name): name for name in source.shapes}
     tensors = {stored: _blocks(source, name, types) for stored, name in names.items()}
     architecture = ARCHITECTURES[source.config.hidden_act]
-    write_gguf(path, architecture, metadata, tensors, lambda file, stored: written(file, names[stored]))
+    write_gguf(path, architecture, metadata, tensors, lambda file, stored: written(file, names[stored]), whole)
 
 
 def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:
@@ -48,6 +56,8 @@ def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:
 def _ternary(source: Source, name: str, kind: GGMLType) -> memoryview:
     codes, scale = source.weights.ternary(name)
     with located(source.path, name):
+        if not all_zero(codes):
+            rounded_scale(scale, SCALE_TYPES[kind])  # for its ValueError: the packers round by themselves
         if kind in TERNARY_TYPES:
             return pack_ternary_blocks(kind, codes, scale.item())
         return pack_float(codes * scale, kind)

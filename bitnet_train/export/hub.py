@@ -12,7 +12,7 @@ def check_repository(repository: str) -> None:
 
 
 def push(path: Path, card: str, repository: str, *, dry_run: bool) -> None:
-    """Prints what an upload of a folder or GGUF file would send, or sends it.
+    """Prints what an upload of a folder or GGUF file would send, the card in full, or sends it.
 
     Args:
         path: the export.
@@ -23,11 +23,13 @@ def push(path: Path, card: str, repository: str, *, dry_run: bool) -> None:
     Raises:
         UserError: no huggingface-hub, or the hub refused (not logged in, no network).
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    sizes = {"README.md": len(card.encode())} | {file.name: file.stat().st_size for file in files}
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    root = path if path.is_dir() else path.parent
+    sizes = {"README.md": len(card.encode())} | {str(file.relative_to(root)): file.stat().st_size for file in files}
     for name, size in sizes.items():
         print(f"{'would send' if dry_run else 'sending'} {name} ({size / 1e6:.1f} MB)")
     if dry_run:
+        print("README.md:", *card.splitlines(), sep="\n    ")
         print(f"nothing was sent to {repository}: this was a dry run, --no-dry-run sends it")
     else:
         print(f"sent: {_send(path, card, repository)}")

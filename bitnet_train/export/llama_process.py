@@ -1,7 +1,8 @@
 """ik_llama.cpp and llama.cpp, as the wheels ik-llama-cpp-python and llama-cpp-python carry them.
 
 Each call runs in a process of its own: what goes wrong in C ends that process, not this one. Run as a program, this
-file is that process: `llama_process.py PACKAGE MODEL.gguf LOGITS.npy`, with {"tokens": [...], "texts": [...]} on stdin.
+file is that process: `llama_process.py PACKAGE MODEL.gguf LOGITS.npy`, with {"tokens": [...], "texts": [...], "stops":
+[...]} on stdin.
 """
 
 import importlib
@@ -24,6 +25,19 @@ _TIMEOUT = 600  # seconds
 
 class RuntimeFailure(RuntimeError):
     """The process ended with an error; the message is the end of its output."""
+
+
+class Text(NamedTuple):
+    """A text to tokenise.
+
+    Attributes:
+        special: whether the names of special tokens in it become their ids.
+        add_bos: whether BOS is put in front, where the file says so.
+    """
+
+    text: str
+    special: bool = False
+    add_bos: bool = False
 
 
 class Answer(NamedTuple):
@@ -57,10 +71,7 @@ def ask(
     package: str,
     model: Path,
     tokens: Sequence[int],
-    texts: Sequence[str] = (),
-    *,
-    special: bool = False,
-    add_bos: bool = False,
+    texts: Sequence[Text] = (),
     stops: Sequence[int] = (),
 ) -> Answer:
     """Logits of one token sequence, the runtime's tokenisation of texts, and at which ids it stops.
@@ -70,15 +81,12 @@ def ask(
         model: a GGUF file.
         tokens: the sequence.
         texts: what to tokenise.
-        special: whether the names of special tokens in a text become their ids.
-        add_bos: whether BOS is put in front of a text, where the file says so.
         stops: ids that may end a generation.
 
     Raises:
         RuntimeFailure: the runtime cannot load or run the model.
     """
-    how = {"special": special, "add_bos": add_bos}
-    request = json.dumps({"tokens": list(tokens), "texts": list(texts), "stops": list(stops), "how": how})
+    request = json.dumps({"tokens": list(tokens), "texts": list(texts), "stops": list(stops)})
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
         output = _run([sys.executable, __file__, package, str(model), str(logits)], request, {})
@@ -105,7 +113,7 @@ def _ik_llama_answer(model_path: str, request: dict[str, Any]) -> Answer:
         batch.logits[index] = 1
     assert context.decode(batch) == 0
     rows = [np.ctypeslib.as_array(context.get_logits(i), (model.n_vocab,)).copy() for i in range(len(tokens))]
-    ids = [model.tokenize(text, **request["how"]) for text in request["texts"]]
+    ids = [model.tokenize(text, special=special, add_bos=bos) for text, special, bos in request["texts"]]
     is_end = importlib.import_module(f"{IK_LLAMA}._ctypes_api").llama_token_is_eog
     return Answer(np.stack(rows), ids, [id for id in request["stops"] if is_end(model.model, id)])
 
@@ -116,7 +124,7 @@ def _llama_answer(model_path: str, request: dict[str, Any]) -> Answer:
     llama = importlib.import_module(LLAMA)
     model = llama.Llama(model_path, n_ctx=size, n_batch=size, n_threads=1, logits_all=True, verbose=False)
     model.eval(tokens)
-    ids = [model.tokenize(text.encode(), **request["how"]) for text in request["texts"]]
+    ids = [model.tokenize(text.encode(), special=special, add_bos=bos) for text, special, bos in request["texts"]]
     stops = [id for id in request["stops"] if llama.llama_vocab_is_eog(model._model.vocab, id)]
     return Answer(np.asarray(model.scores[: len(tokens)], dtype=np.float32), ids, stops)
 

@@ -4,11 +4,11 @@ KL(ours, theirs)       mean over positions, nats: 1e-5 to 5e-3 for the same func
                        bit grows into another int8 code), above 1 for another function
 top-1                  share of positions where both have the same likeliest token
 bits per byte          - sum log2 p(token) / bytes of the text, theirs and ours
-prompts                ids of conversations, see `prompts`
+prompts, texts         ids of conversations and of awkward texts, and stop ids: see `tokenization`
 
 transformers     packed folders, master folders
 ik_llama.cpp     GGUF F16, BF16, F32; I2_S after its own llama-quantize, which makes IQ2_BN of it
-llama.cpp        GGUF TQ1_0, TQ2_0
+llama.cpp        GGUF TQ1_0, TQ2_0; F16, BF16, F32 of silu models
 """
 
 import importlib
@@ -26,16 +26,16 @@ from torch import Tensor
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export import llama_process
-from bitnet_train.export.prompts import PromptCheck, check_folder, check_gguf, tokenizer_of
 from bitnet_train.export.source import Source, open_source
-from bitnet_train.formats.gguf_bitnet import gguf_name
+from bitnet_train.export.targets import IQ2_BN_ROW
+from bitnet_train.export.tokenization import TokenizerCheck, check_folder, check_gguf
+from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, gguf_name
 from bitnet_train.formats.gguf_blocks import GGMLType
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.model.pretrained import load_weights
 
 MAX_KL = 0.1  # nats: far above rounding, far below another function
 _TOKENS = 256
-_IQ2_BN_ROW = 512  # the shortest row that ik_llama.cpp makes IQ2_BN of
 
 
 class Agreement(NamedTuple):
@@ -48,30 +48,44 @@ class Agreement(NamedTuple):
     perplexity_ratio: float
 
 
+class Line(NamedTuple):
+    """What is told of a runtime, and whether it agrees with what was trained."""
+
+    text: str
+    agrees: bool = True
+
+
 @dataclass(frozen=True)
 class Report:
-    """The result of one runtime: its logits and prompts beside ours, or why it was not run or not asked."""
+    """The result of one runtime: its logits and its tokenizer beside ours, or why it was not run or not asked."""
 
     runtime: str
     agreement: Agreement | None
     reason: str = ""
-    prompts: PromptCheck | None = None
+    tokenizer: TokenizerCheck | None = None
 
     @property
     def agrees(self) -> bool:
-        """False where the runtime computes another function or has other prompts; one that was not run agrees."""
-        computes = self.agreement is None or self.agreement.kl < MAX_KL
-        return computes and (self.prompts is None or self.prompts.agrees)
+        """False where the runtime computes another function or has other ids; one that was not run agrees."""
+        return all(line.agrees for line in self.lines())
 
-    def __str__(self) -> str:
+    def lines(self) -> list[Line]:
+        """Its logits, prompts, texts and stop ids, a line each."""
+        return [self._logits(), *self._ids()]
+
+    def _logits(self) -> Line:
         if self.agreement is None:
-            figures = f"not run: {self.reason}"
-        else:
-            kl, top1, theirs, ours, _ = self.agreement
-            figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
-        parts = (figures, self.prompts, self.reason if self.agreement else "")
-        told = "; ".join(str(part) for part in parts if part)
-        return f"{'' if self.agrees else 'error: '}{self.runtime}{':' if self.agreement else ''} {told}"
+            return Line(f"{self.runtime} not run: {self.reason}")
+        kl, top1, theirs, ours, _ = self.agreement
+        figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
+        return Line(f"{self.runtime}: {figures}", kl < MAX_KL)
+
+    def _ids(self) -> list[Line]:
+        if self.tokenizer is None:
+            told = f"{self.runtime}: prompts and texts not compared: {self.reason}"
+            return [Line(told)] if self.agreement and self.reason else []
+        parts = zip(self.tokenizer.lines(), self.tokenizer.agreements(), strict=True)
+        return [Line(f"{self.runtime}: {text}", agrees) for text, agrees in parts]
 
 
 class Sample(NamedTuple):
@@ -83,30 +97,33 @@ class Sample(NamedTuple):
 
 
 def compare(source: Source | Path, written: Path, text: Path | None = None) -> Iterator[Report]:
-    """Runs an export in the runtime that is meant for it, and the trained model here.
+    """Runs an export in every installed runtime that is meant for it, and the trained model here.
 
     Args:
         source: the model that was exported, or where it is.
         written: the folder or GGUF file.
         text: what to run; pages of Python's help if absent.
     """
-    runtime = _runtime(written)
-    if not llama_process.installed(runtime.package):
-        yield Report(runtime.name, None, f"{runtime.package} is not installed")
+    candidates = _runtimes(written)
+    installed = [runtime for runtime in candidates if llama_process.installed(runtime.package)]
+    if not installed:
+        yield Report(candidates[0].name, None, f"{candidates[0].package} is not installed")
         return
     model = open_source(source) if isinstance(source, Path) else source
-    prompts, reason = None, ""
-    try:
-        prompts = runtime.prompts(tokenizer_of(model), written)
-    except (llama_process.RuntimeFailure, UserError) as error:
-        reason = f"prompts not compared: {_in_one_line(error)}"
-    try:
-        sample = take_sample(model, text)
-        logits = runtime.logits(written, sample.ids)
-    except (llama_process.RuntimeFailure, UserError) as error:
-        yield Report(runtime.name, None, _in_one_line(error), prompts)
-        return
-    yield Report(runtime.name, agreement(sample, logits), reason, prompts)
+    sample = None
+    for runtime in installed:
+        tokenizer, reason = None, ""
+        try:
+            tokenizer = runtime.tokenizer(model.trained_tokenizer, written)
+        except (llama_process.RuntimeFailure, UserError) as error:
+            reason = _in_one_line(error)
+        try:
+            sample = sample or take_sample(model, text)
+            logits = runtime.logits(written, sample.ids)
+        except (llama_process.RuntimeFailure, UserError) as error:
+            yield Report(runtime.name, None, _in_one_line(error), tokenizer)
+        else:
+            yield Report(runtime.name, agreement(sample, logits), reason, tokenizer)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -119,7 +136,7 @@ def take_sample(source: Source, text: Path | None) -> Sample:
     Raises:
         UserError: the model has no tokenizer, or the text cannot be read.
     """
-    tokenizer = tokenizer_of(source)
+    tokenizer = source.trained_tokenizer
     content = "\n".join(pydoc_data.topics.topics.values()) if text is None else _read(text)
     count = min(_TOKENS, source.config.max_position_embeddings)
     ids = tokenizer.begun(tokenizer.encode(content[: 32 * count]))[:count]
@@ -156,20 +173,25 @@ class _Runtime(NamedTuple):
     package: str
     logits: Callable[[Path, list[int]], Tensor]
 
-    def prompts(self, tokenizer: Tokenizer, written: Path) -> PromptCheck:
-        """Compares its ids of prompts with those of training."""
+    def tokenizer(self, tokenizer: Tokenizer, written: Path) -> TokenizerCheck:
+        """Compares its ids with those of training."""
         return check_folder(tokenizer, written) if written.is_dir() else check_gguf(tokenizer, written, self.package)
 
 
-def _runtime(written: Path) -> _Runtime:
+def _runtimes(written: Path) -> list[_Runtime]:
+    """Those that run an export as it was trained, the usual one first."""
     if written.is_dir():
-        return _Runtime("transformers", "transformers", transformers_logits)
-    kind = GGUFFile(written).kind(gguf_name("model.layers.0.mlp.up_proj.weight"))
+        return [_Runtime("transformers", "transformers", transformers_logits)]
+    file = GGUFFile(written)
+    kind = file.kind(gguf_name("model.layers.0.mlp.up_proj.weight"))
+    llama = _Runtime("llama.cpp", llama_process.LLAMA, llama_logits)
     if kind in (GGMLType.TQ1_0, GGMLType.TQ2_0):
-        return _Runtime("llama.cpp", llama_process.LLAMA, llama_logits)
+        return [llama]
     if kind == GGMLType.I2_S:
-        return _Runtime("ik_llama.cpp (IQ2_BN)", llama_process.IK_LLAMA, iq2_bn_logits)
-    return _Runtime("ik_llama.cpp", llama_process.IK_LLAMA, ik_llama_logits)
+        return [_Runtime("ik_llama.cpp (IQ2_BN)", llama_process.IK_LLAMA, iq2_bn_logits)]
+    ik_llama = _Runtime("ik_llama.cpp", llama_process.IK_LLAMA, ik_llama_logits)
+    silu = file.metadata.get("general.architecture") == ARCHITECTURES["silu"]
+    return [ik_llama, llama] if silu else [ik_llama]
 
 
 def transformers_logits(folder: Path, ids: list[int]) -> Tensor:
@@ -190,8 +212,8 @@ def ik_llama_logits(file: Path, ids: list[int]) -> Tensor:
 def iq2_bn_logits(file: Path, ids: list[int]) -> Tensor:
     """Logits of ik_llama.cpp for an I2_S file, by way of IQ2_BN."""
     shortest = min(info.shape[-1] for info in GGUFFile(file).tensors.values() if info.kind == GGMLType.I2_S)
-    if shortest < _IQ2_BN_ROW:
-        raise llama_process.RuntimeFailure(f"IQ2_BN needs rows of at least {_IQ2_BN_ROW}, got {shortest}")
+    if shortest < IQ2_BN_ROW:
+        raise llama_process.RuntimeFailure(f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}")
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         quantized = Path(folder) / "iq2_bn.gguf"
         llama_process.ik_llama_quantize(file, quantized)

@@ -7,14 +7,18 @@ a GGUF file                            codes and scales, and the tokenizer
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bitnet_train.data.template import renewed
+from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export.checkpoint import STATE, CheckpointWeights
+from bitnet_train.export.tokenization import prove_keys
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
@@ -25,14 +29,17 @@ from bitnet_train.formats.hf_folder import (
     folder_kind,
     quantization_config,
     read_json,
+    write_json,
 )
 from bitnet_train.formats.model_card import licence_of
 from bitnet_train.formats.packing import packed_shape
+from bitnet_train.formats.private_paths import without_paths
+from bitnet_train.formats.recognise import what_it_is
 from bitnet_train.formats.tokenizer_files import TokenizerFiles
-from bitnet_train.model.bitlinear import BitLinear
+from bitnet_train.model.accounting import check_modules, expendable, left_out
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.skeleton import skeleton, tensor_shapes
+from bitnet_train.model.skeleton import skeleton, tensor_shapes, ternary_names
 from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, located
 
 
@@ -50,6 +57,9 @@ class SourceTokenizer(Protocol):
     @property
     def begins_with_bos(self) -> bool:
         """Whether runtimes put BOS in front of a text."""
+
+    def files(self) -> dict[str, str]:
+        """The files of the source that `write` takes, and the state in which they go."""
 
     def check(self) -> None:
         """Raises UserError where the formats cannot hold this tokenizer."""
@@ -77,6 +87,7 @@ class Source:
         name: what to call the model.
         run_dir: the directory of the run that made it, where that is known.
         licence: its SPDX identifier, where that is known.
+        tensors_left_out: stored tensors that are not needed, and why.
     """
 
     path: Path
@@ -89,6 +100,7 @@ class Source:
     name: str
     run_dir: Path | None = None
     licence: str | None = None
+    tensors_left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _skeleton(self) -> BitNetForCausalLM:
@@ -102,20 +114,46 @@ class Source:
     @cached_property
     def ternary_names(self) -> dict[str, None]:
         """The weights that are ternary, one of each BitLinear, as an ordered set."""
-        modules = self._skeleton.named_modules()
-        return dict.fromkeys(f"{name}.weight" for name, module in modules if isinstance(module, BitLinear))
+        return ternary_names(self._skeleton)
 
     @property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, with every stop id."""
         path = self.path / GENERATION_CONFIG
-        return (read_json(path) if path.is_file() else {}) | self.tokenizer.generation_ids()
+        return without_paths(read_json(path) if path.is_file() else {}) | self.tokenizer.generation_ids()
+
+    @cached_property
+    def trained_tokenizer(self) -> Tokenizer:
+        """The tokenizer as training has it.
+
+        Raises:
+            UserError: the model has none.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.write(Path(folder))
+            write_json(Path(folder) / GENERATION_CONFIG, self.generation_config)
+            try:
+                return Tokenizer.from_folder(folder)
+            except UserError as error:
+                message = str(error).replace(f"{folder}", str(self.path))
+                raise UserError(message) from None
+
+    @cached_property
+    def gguf_tokenizer(self) -> dict[str, object]:
+        """The `tokenizer.*` keys of a GGUF file, which say the same tokenizer: `prove_keys`.
+
+        Raises:
+            UserError: GGUF cannot say it.
+        """
+        keys = self.tokenizer.gguf_metadata()
+        if isinstance(self.tokenizer, TokenizerFiles):  # those of a GGUF file are copied
+            prove_keys(self.trained_tokenizer, GGUFTokenizer(self.path, keys), self.tokenizer.path)
+        return keys
 
     def check(self) -> None:
         """Refuses tensors that are missing, unknown or of another shape, and a tokenizer that does not fit."""
-        expected, found = self._expected_shapes(), dict(self.shapes_found)
-        if self.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)  # some writers store the shared matrix twice
+        expected = self._expected_shapes()
+        found = {name: shape for name, shape in self.shapes_found.items() if name not in self.tensors_left_out}
         for problem, names in {"missing": expected.keys() - found, "unknown": found.keys() - expected}.items():
             if names:
                 raise UserError(
@@ -167,7 +205,7 @@ def _folder(source: Path, quantize: bool) -> Source:
     if not (path / CONFIG).is_file():
         raise UserError(
             f"{source}: must be a finished run's directory, a model folder, a checkpoint or a GGUF file, has no "
-            f"{CONFIG} or model/{CONFIG}"
+            f"{CONFIG} or model/{CONFIG}: {what_it_is(source)}"
         )
     folder = HFFolder(path)
     online = {"quantization_config": quantization_config("autobitlinear", "online")}
@@ -179,8 +217,9 @@ def _folder(source: Path, quantize: bool) -> Source:
             "takes its weights for masters"
         )
     config_json = folder.config | (online if kind == "dense" else {})
+    check_modules(path / CONFIG, folder.config.get("quantization_config"), config)
     shapes = {name: tensor.shape for name, tensor in folder.tensors.items()}
-    tokenizer = TokenizerFiles(path, {**asdict(config), **config_json})
+    tokenizer = TokenizerFiles(path, {**asdict(config), **config_json}, renewed)
     weights = FolderWeights(folder, kind)
     run_dir = path.resolve().parent if path.name == "model" else None
     return Source(
@@ -194,7 +233,15 @@ def _folder(source: Path, quantize: bool) -> Source:
         name=(run_dir or path.resolve()).name,
         run_dir=run_dir,
         licence=licence_of(path),
+        tensors_left_out=_left_out(folder, config),
     )
+
+
+def _left_out(folder: HFFolder, config: BitNetConfig) -> dict[str, str]:
+    """Stored tensors that are not needed. One that has no place at all is told by `Source.check`."""
+    outline = tensor_shapes(skeleton(config))
+    needed = [name for name in folder.tensors if name in outline or not expendable(name, config)]
+    return left_out(folder, needed, config)
 
 
 def _gguf(path: Path) -> Source:
@@ -216,7 +263,7 @@ def _checkpoint(path: Path) -> Source:
     weights = CheckpointWeights(path / STATE)
     config_json = json.loads(weights.identity["model"])
     run_dir = path.parent.parent
-    tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config_json["vocab_size"]})
+    tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config_json["vocab_size"]}, renewed)
     config = _config(path, config_json)
     return Source(path, "master", config, config_json, weights, tokenizer, weights.shapes, run_dir.name, run_dir)
 
@@ -226,7 +273,7 @@ def _with_tokenizer(source: Source, folder: Path) -> Source:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {folder}: must be a folder with tokenizer.json, has none")
     config_json = {key: value for key, value in source.config_json.items() if not key.endswith("_token_id")}
-    return replace(source, config_json=config_json, tokenizer=TokenizerFiles(folder, asdict(source.config)))
+    return replace(source, config_json=config_json, tokenizer=TokenizerFiles(folder, asdict(source.config), renewed))
 
 
 def _config(path: Path, config_json: Mapping[str, Any]) -> BitNetConfig:

@@ -8,10 +8,10 @@
     gguf tq1_0, tq2_0           codes, 1.69 and 2.06 bits, and g in float16      llama.cpp
     gguf f16, bf16, f32         q g                                              ik_llama.cpp; llama.cpp for silu
 
-What a format cannot hold, or its readers would compute wrongly without a word, is refused before anything is written.
+What a format cannot hold, or none of its readers would run as it was trained, is refused before anything is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -54,14 +54,6 @@ class Target:
     def __str__(self) -> str:
         return f"{self.format} {self.variant}".strip()
 
-    def readers(self, hidden_act: str) -> str:
-        """The programs that run a model of a kind that `check` lets through."""
-        if self.format != "gguf":
-            return "transformers"
-        if self.variant == "i2_s":
-            return "bitnet.cpp, ik_llama.cpp (by its own llama-quantize to IQ2_BN)"
-        return "ik_llama.cpp" if hidden_act == "relu2" else "llama.cpp, ik_llama.cpp"
-
 
 TARGETS = (
     *(Target("safetensors", linear_class) for linear_class in LINEAR_CLASSES),
@@ -70,8 +62,38 @@ TARGETS = (
 )
 
 
+class Reader(NamedTuple):
+    """A program that runs models.
+
+    Attributes:
+        name: what it is called.
+        formats: the formats, and types of GGUF, that it reads.
+        problems: reasons why it would not run a model of a source as it was trained, the gravest first.
+        how: what else has to be done, by type.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    problems: Callable[[Source, Target], Iterator[str]]
+    how: Mapping[str, str] = {}
+
+    def reads(self, target: Target) -> bool:
+        """Whether it reads this format at all."""
+        return (target.variant if target.format == "gguf" else target.format) in self.formats
+
+    def told(self, target: Target) -> str:
+        """Its name, and what has to be done."""
+        return self.name + self.how.get(target.variant, "")
+
+
+def readers(source: Source, target: Target) -> list[str]:
+    """The programs that run the model in this format as it was trained."""
+    able = [reader for reader in READERS if reader.reads(target) and not next(reader.problems(source, target), "")]
+    return [reader.told(target) for reader in able]
+
+
 def check(source: Source, target: Target) -> None:
-    """Refuses a target that cannot hold the model, or whose readers would compute another function.
+    """Refuses a target that cannot hold the model, or that no reader would run as it was trained.
 
     Raises:
         UserError: with the reason and the remedy.
@@ -79,6 +101,8 @@ def check(source: Source, target: Target) -> None:
     rules = {"safetensors": _safetensors, "master": _master, "gguf": _gguf}
     for reason in rules[target.format](source, target):
         raise UserError(reason)
+    if not readers(source, target):
+        raise UserError(next(next(r.problems(source, target)) for r in reversed(READERS) if r.reads(target)))
 
 
 def refusal(source: Source, target: Target) -> str | None:
@@ -129,10 +153,58 @@ def _gguf(source: Source, target: Target) -> Iterator[str]:
             "embedding without a word, got false; use --type f16, which ik_llama.cpp runs, also as IQ2_BN by its "
             "llama-quantize"
         )
+    if "phi-3" in source.name.lower() or "phi3" in source.name.lower():
+        yield (
+            "the name must not hold phi-3 or phi3 for GGUF, by which runtimes take spaces behind special tokens away, "
+            f"got {source.name!r}; give another --name"
+        )
     types = GGUF_TYPES[target.variant]
     for name in source.ternary_names:
         with located(source.path, name):
             tensor_bytes(types.ternary, source.shapes[name])
     with located(source.path, CONFIG):
-        model_metadata("", {**source.config_json, **asdict(config)}, types.file_type)
-    source.tokenizer.gguf_metadata()
+        model_metadata(source.name, {**source.config_json, **asdict(config)}, types.file_type)
+    _ = source.gguf_tokenizer
+
+
+def _none(source: Source, target: Target) -> Iterator[str]:
+    """It runs every model that the format can hold."""
+    yield from ()
+
+
+def _ik_llama(source: Source, target: Target) -> Iterator[str]:
+    """Products of F16 rows are computed by 4 values, of BF16 rows by 8, without a rest; keys are F16 rows of a head."""
+    where = "for ik_llama.cpp, which computes {} by {} and leaves a rest out, got {}; use {}"
+    if (size := source.config.head_dim) % 4:
+        told = where.format("the keys of a head", 4, size, "--format safetensors")
+        yield f"{source.path / CONFIG}: hidden_size / num_attention_heads must be a multiple of 4 {told}"
+    width = {"f16": 4, "bf16": 8}.get(target.variant, 1)
+    for name, shape in source.shapes.items():
+        if len(shape) > 1 and shape[-1] % width:
+            told = where.format(f"{target.variant.upper()} rows", width, shape[-1], "--type f32")
+            yield f"{source.path}: {name}: the row length must be a multiple of {width} {told}"
+    shortest = min(source.shapes[name][-1] for name in source.ternary_names)
+    if target.variant == "i2_s" and shortest < IQ2_BN_ROW:
+        yield f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}"
+
+
+def _llama_cpp(source: Source, target: Target) -> Iterator[str]:
+    if source.config.hidden_act != "silu":
+        yield (
+            f"{source.path / CONFIG}: hidden_act must be silu for llama.cpp, which takes any other model and computes "
+            f"SiLU without a word, got {source.config.hidden_act}"
+        )
+
+
+IQ2_BN_ROW = 512  # the shortest row that ik_llama.cpp makes IQ2_BN of
+READERS = (
+    Reader("transformers", ("safetensors", "master"), _none),
+    Reader("bitnet.cpp", ("i2_s",), _none),
+    Reader("llama.cpp", ("tq1_0", "tq2_0", "f16", "bf16", "f32"), _llama_cpp),
+    Reader(
+        "ik_llama.cpp",
+        ("i2_s", "f16", "bf16", "f32"),
+        _ik_llama,
+        {"i2_s": " (by its own llama-quantize to IQ2_BN)"},
+    ),
+)

@@ -1,7 +1,8 @@
 """Writing that happens wholly or not at all: a temporary sibling, fsync, rename.
 
-A reader sees the old content or the new one. An exception removes the temporary name; after a kill it stays, hidden
-(`.NAME.1a2b3c4d.tmp`), beside an untouched target, until somebody who knows that nobody else is writing calls `sweep`.
+A reader sees the old content or the new one; a link is replaced, what it points at stays. An exception removes the
+temporary name; after a kill it stays, hidden (`.NAME.1a2b3c4d.tmp`), beside an untouched target, until somebody who
+knows that nobody else is writing calls `sweep`.
 """
 
 import os
@@ -40,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             fsync(file)
         fsync(temporary)
         _replace_folder(temporary, target)
@@ -59,7 +60,9 @@ def _temporary(target: Path) -> Path:
 
 def _replace_folder(new: Path, target: Path) -> None:
     old = new.with_suffix(".old")
-    if target.exists():
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)

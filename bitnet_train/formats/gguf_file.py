@@ -33,6 +33,12 @@ _ALIGNMENT = 32
 _VERSION = 3
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_INTEGERS = {
+    4: (0, 2**32 - 1),
+    5: (-(2**31), 2**31 - 1),
+    10: (0, 2**64 - 1),
+    11: (-(2**63), 2**63 - 1),
+}  # least, greatest
 
 
 class LazyBlocks(NamedTuple):
@@ -49,30 +55,45 @@ def write_gguf(
     metadata: Mapping[str, object],
     tensors: Mapping[str, LazyBlocks],
     written: Callable[[Path, str], object] = nothing,
+    whole: Callable[[Path], object] = nothing,
 ) -> None:
     """Writes a GGUF file with a few parts of tensors in memory at a time; `path` appears when it is whole.
 
     Args:
         path: the file, replaced if it exists.
         architecture: general.architecture.
-        metadata: key-values. int is stored as uint32, float as float32; bool, str, list[str] and list[int] as they are.
+        metadata: key-values: str, bool, int (as uint32, or a wider type if it must be), float (as float32), or a list
+            of one of them (int as int32); an empty list is left out.
         tensors: the tensors by name, in the order of the file.
         written: called with the file, under its temporary name, and each tensor that can be read from it.
+        whole: called with the file before it gets its name; the file is removed if this raises.
+
+    Raises:
+        UserError: a key holds what GGUF has no type for.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        file.write(_header(architecture, metadata, tensors))
+    header = _header(path, architecture, metadata, tensors)
+    with atomic_file(path) as temporary:
+        _write(temporary, header, tensors, written)
+        whole(temporary)
+
+
+def _write(
+    path: Path, header: bytes, tensors: Mapping[str, LazyBlocks], written: Callable[[Path, str], object]
+) -> None:
+    with path.open("wb") as file:
+        file.write(header)
         calls = list(_tensor_data(tensors))
         for (ended, _), part in zip(calls, ahead(call for _, call in calls), strict=True):
             file.write(part)
             if ended is not None:
                 file.flush()
-                written(temporary, ended)
+                written(path, ended)
 
 
-def _header(architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]) -> bytes:
+def _header(path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]) -> bytes:
     """All that comes before the tensor data."""
     pairs = {"general.architecture": architecture, **metadata}
-    packed = [_packed(key) + _packed_value(value) for key, value in pairs.items() if value != []]
+    packed = [_packed_pair(path, key, value) for key, value in pairs.items() if value != []]
     counts = struct.pack("<IQQ", _VERSION, len(tensors), len(packed))
     header = b"".join([b"GGUF", counts, *packed, *_tensor_infos(tensors)])
     return header + bytes(-len(header) % _ALIGNMENT)
@@ -92,17 +113,43 @@ def _packed(text: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
+def _packed_pair(path: Path, key: str, value: object) -> bytes:
+    try:
+        return _packed(key) + _packed_value(value)
+    except (ValueError, struct.error) as error:
+        raise UserError(f"{path}: {key}: {error}; the source of this key is damaged") from None
+
+
 def _packed_value(value: object) -> bytes:
     """The type's number, then the value; the library would take a second for the tokens of a large vocabulary."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _packed(value)
     if isinstance(value, list):
-        code, form = (_STRING, None) if isinstance(value[0], str) else (_INT32, f"<{len(value)}i")
-        data = b"".join(map(_packed, value)) if form is None else struct.pack(form, *value)
+        code = _type_of(value, _INT32)
+        if code == _STRING:
+            data = b"".join(map(_packed, value))
+        else:
+            data = struct.pack(f"<{len(value)}{_SCALARS[code]}", *value)
         return struct.pack("<IIQ", _ARRAY, code, len(value)) + data
-    codes: dict[type, int] = {bool: _BOOL, int: _UINT32, float: _FLOAT32}
-    code = codes[type(value)]
+    code = _type_of([value], _UINT32)
     return struct.pack(f"<I{_SCALARS[code]}", code, value)
+
+
+def _type_of(values: Sequence[object], usual: int) -> int:
+    """The type that holds these values: of integers the usual one if they fit, else the next that does."""
+    kinds = {type(value) for value in values}
+    if kinds == {int}:
+        numbers = cast(Sequence[int], values)
+        for code in (usual, _INT32, *_INTEGERS):
+            low, high = _INTEGERS[code]
+            if low <= min(numbers) and max(numbers) <= high:
+                return code
+    codes: dict[type, int] = {bool: _BOOL, float: _FLOAT32, str: _STRING}
+    if len(kinds) != 1 or (kind := kinds.pop()) not in codes:
+        raise ValueError(
+            f"a key must hold a text, a number, a truth value, or a list of one of these, got {values[0]!r}"
+        )
+    return codes[kind]
 
 
 def _tensor_data(

@@ -2,12 +2,14 @@
 
 tokenizer.ggml.tokens, token_type     ->  vocabulary (1), special tokens (3), other added tokens (4); 5 is left out
 tokenizer.ggml.merges                 ->  merges
-tokenizer.ggml.pre                    ->  the expression that cuts a text; llama-bpe also takes a word that is a
-                                          token as it is, without merging (ignore_merges)
+tokenizer.ggml.pre                    ->  how a text is cut, and whether a word that is a token is merged all the same
 bos, eos, eot, padding ids, template  ->  tokenizer_config.json and generation_config.json
+
+The types are read as the runtimes do, which go by some names instead: a prompt that holds `<|im_end|>` ends a turn
+there, whatever the file says. Source: src/llama-vocab.cpp of ik_llama.cpp and llama.cpp, `llama_vocab::impl::load`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +17,44 @@ from typing import Any
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import write_json
-from bitnet_train.formats.tokenizer_files import PRE_TOKENIZERS, TokenType
+from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
+from bitnet_train.formats.tokenizer_files import TokenType
 
 _PREFIX = "tokenizer."
+_CONTROL_BY_NAME = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>", "</s>", "<|eom_id|>"),
+    *("<|end_of_text|>", "<|return|>", "<|call|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    *(
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<\uff5cfim\u2581begin\uff5c>",
+        "<PRE>",
+        "\u2581<PRE>",
+        "<|code_prefix|>",
+    ),
+    *(
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<\uff5cfim\u2581hole\uff5c>",
+        "<SUF>",
+        "\u2581<SUF>",
+        "<|code_suffix|>",
+    ),
+    *(
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<\uff5cfim\u2581end\uff5c>",
+        "<MID>",
+        "\u2581<MID>",
+        "<|code_middle|>",
+    ),
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|file_sep|>"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+)
+_USER_DEFINED_BY_NAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
 @dataclass(frozen=True)
@@ -40,6 +77,10 @@ class GGUFTokenizer:
     def eos_id(self) -> int | None:
         """The id that ends a text, where there is one."""
         return self.metadata.get("tokenizer.ggml.eos_token_id")
+
+    def files(self) -> dict[str, str]:
+        """None: the keys are in the file."""
+        return {}
 
     def check(self) -> None:
         """Nothing to refuse: the file has as many tokens as its embedding has rows."""
@@ -76,25 +117,42 @@ class GGUFTokenizer:
     @cached_property
     def tokenizer_json(self) -> dict[str, Any]:
         """tokenizer.json: a byte-level BPE that puts BOS in front where the file says so."""
-        tokens, types = self._required("tokens"), self._required("token_type")
-        pairs = [(token, id_, kind) for id_, (token, kind) in enumerate(zip(tokens, types, strict=True))]
-        added = [pair for pair in pairs if pair[2] in (TokenType.CONTROL, TokenType.USER_DEFINED)]
-        vocabulary = {token: id_ for token, id_, kind in pairs if kind == TokenType.NORMAL}
+        tokens, pre = self._required("tokens"), self._pre_tokenizer
+        typed = [(token, id_, _type_of(token, kind)) for id_, (token, kind) in enumerate(self._typed)]
+        added = [entry for entry in typed if entry[2] in (TokenType.CONTROL, TokenType.USER_DEFINED)]
+        vocabulary = {token: id_ for token, id_, kind in typed if kind == TokenType.NORMAL}
         if [id_ for _, id_, _ in added] != list(range(len(vocabulary), len(vocabulary) + len(added))):
-            raise UserError(f"{self.path}: tokenizer.ggml.tokens must end with the added tokens, got them elsewhere")
+            vocabulary |= {token: id_ for token, id_, _ in added}  # not behind the others: here they get their ids
         return {
             "version": "1.0",
             "added_tokens": [_added_token(*token) for token in added],
-            "pre_tokenizer": self._pre_tokenizer,
+            "pre_tokenizer": steps_of(pre),
             "post_processor": self._begin(tokens),
-            "decoder": _BYTE_LEVEL,
+            "decoder": BYTE_LEVEL,
             "model": {
                 "type": "BPE",
-                "ignore_merges": self._required("pre") == "llama-bpe",
+                "ignore_merges": pre.ignore_merges,
                 "vocab": vocabulary,
                 "merges": [merge.split(" ") for merge in self._required("merges")],
             },
         }
+
+    @property
+    def _typed(self) -> Iterator[tuple[str, int]]:
+        """Tokens and their types, in id order."""
+        tokens, types = self._required("tokens"), self._required("token_type")
+        if (model := self._required("model")) != "gpt2":
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.model must be gpt2 (a byte-level BPE), got {model!r}; give --tokenizer a "
+                "folder with tokenizer.json"
+            )
+        if unknown := {*types} - {*TokenType}:
+            known = ", ".join(str(int(kind)) for kind in TokenType)
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.token_type must be one of {known} for a byte-level BPE, got "
+                f"{min(unknown)}; give --tokenizer a folder with tokenizer.json"
+            )
+        return zip(tokens, types, strict=True)
 
     @property
     def tokenizer_config(self) -> dict[str, Any]:
@@ -116,15 +174,11 @@ class GGUFTokenizer:
         return value
 
     @property
-    def _pre_tokenizer(self) -> dict[str, Any]:
-        name = self._required("pre")
-        expressions = {known: expression for expression, known in PRE_TOKENIZERS.items()}
-        if name not in expressions:
-            raise UserError(f"{self.path}: tokenizer.ggml.pre must be one of {', '.join(expressions)}, got {name!r}")
-        if expressions[name] == "ByteLevel":
-            return {**_BYTE_LEVEL, "use_regex": True}
-        split = {"type": "Split", "pattern": {"Regex": expressions[name]}, "behavior": "Isolated", "invert": False}
-        return {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL]}
+    def _pre_tokenizer(self) -> PreTokenizer:
+        name, known = self._required("pre"), {known.name: known for known in PRE_TOKENIZERS}
+        if name not in known:
+            raise UserError(f"{self.path}: tokenizer.ggml.pre must be one of {', '.join(known)}, got {name!r}")
+        return known[name]
 
     def _begin(self, tokens: list[str]) -> dict[str, Any] | None:
         """The post-processor that puts BOS in front."""
@@ -141,7 +195,13 @@ class GGUFTokenizer:
         }
 
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+def _type_of(token: str, stored: int) -> int:
+    """The type that runtimes go by; ids without a token stay unused."""
+    if stored == TokenType.UNUSED:
+        return stored
+    if token in _USER_DEFINED_BY_NAME:
+        return TokenType.USER_DEFINED
+    return TokenType.CONTROL if token in _CONTROL_BY_NAME else stored
 
 
 def _added_token(content: str, id_: int, kind: int) -> dict[str, Any]:

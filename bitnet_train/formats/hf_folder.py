@@ -2,7 +2,7 @@
 
     config.json                     the shape of the model; quantization_config says what the weights are
     model.safetensors               or shards, with model.safetensors.index.json {"weight_map": {tensor: file}}
-    tokenizer.json, ...             see TOKENIZER_FILES
+    tokenizer.json, ...             see `tokenizer_files`
     generation_config.json          stop tokens, sampling
 
     quantization_config             the folder holds
@@ -32,7 +32,6 @@ Kind = Literal["master", "packed", "dense", "none"]
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -25,8 +25,8 @@ _MOST_WORKERS = 4  # each holds a matrix
 Item = TypeVar("Item")
 
 
-def nothing(path: Path, name: str) -> None:
-    """Takes note of no tensor that was written."""
+def nothing(path: Path, name: str = "") -> None:
+    """Takes note of no tensor that was written, and looks at no file."""
 
 
 def row_slices(shape: tuple[int, ...]) -> list[slice]:

@@ -1,32 +1,38 @@
-"""The tokenizer of a model folder: which ids begin and stop a text, and what GGUF wants to know of it.
+"""The tokenizer of a model folder: which ids begin and stop a text, what travels with it, what GGUF wants to know.
 
 tokenizer.json (Hugging Face tokenizers) holds a byte-level BPE: vocabulary, merges, added tokens, and the regular
-expression that cuts a text before merging. GGUF keeps the same facts under `tokenizer.ggml.*`, but only the NAME of the
-expression, `tokenizer.ggml.pre`: a wrong or absent name tokenises differently without an error (microsoft/BitNet#508).
+expression that cuts a text before merging. GGUF keeps the same facts under `tokenizer.ggml.*`; of the expression only a
+name, see `pre_tokenizers`; of steps beside it nothing: normalizers, spaces that an added token swallows.
 """
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from bitnet_train.formats.hf_folder import GENERATION_CONFIG, read_json, write_json
+from bitnet_train.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, cuts_of
+from bitnet_train.formats.private_paths import without_paths
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+OTHER_FILES = (  # read by transformers where there is no tokenizer.json
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"),
+)
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {_LLAMA_3: "llama-bpe", "ByteLevel": "gpt-2"}  # ByteLevel's own expression is GPT-2's
+_STRIPS = ("lstrip", "rstrip", "single_word")  # of an added token: GGUF has no place for them
 
 
 class TokenType(IntEnum):
@@ -38,9 +44,19 @@ class TokenType(IntEnum):
     UNUSED = 5
 
 
+def _unchanged(template: str, ends_turns: bool) -> str:
+    return template
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """The tokenizer files of a folder, with the config.json of its model.
+
+    Attributes:
+        folder: where they are.
+        config: of the model.
+        renewed: what a chat template of the folder is written as, given whether <|eot_id|> is a token: an older text of
+            BitNet's becomes today's.
 
     Raises (every method):
         UserError: a file is missing or damaged, or the tokenizer does not fit the model or GGUF.
@@ -48,31 +64,39 @@ class TokenizerFiles:
 
     folder: Path
     config: Mapping[str, Any]
+    renewed: Callable[[str, bool], str] = _unchanged
 
     @property
     def path(self) -> Path:
         """tokenizer.json."""
-        return self.folder / "tokenizer.json"
+        return self.folder / TOKENIZER
 
     @cached_property
     def _tokenizer(self) -> dict[str, Any]:
         return read_json(self.path)
 
     @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        """The library's reading of tokenizer.json: it gives ids of its own to added tokens out of their place."""
+        self._tokenizer  # noqa: B018  (for its message, where the file is no JSON)
+        try:
+            return tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the only type that tokenizers raises
+            raise UserError(f"{self.path}: not a tokenizer ({error})") from None
+
+    @cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return self._backend.get_added_tokens_decoder()
+
+    @cached_property
     def _tokenizer_config(self) -> dict[str, Any]:
-        path = self.folder / "tokenizer_config.json"
+        path = self.folder / TOKENIZER_CONFIG
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def ids(self) -> dict[str, int]:
         """The id of each token, added ones included; empty where the folder has no tokenizer.json."""
-        if not self.path.is_file():
-            return {}
-        added = {token["content"]: token["id"] for token in self._tokenizer.get("added_tokens", [])}
-        vocabulary = self._tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram's: [token, score] in id order
-            vocabulary = {token: id_ for id_, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **added}
+        return self._backend.get_vocab(with_added_tokens=True) if self.path.is_file() else {}
 
     @property
     def bos_id(self) -> int | None:
@@ -112,14 +136,17 @@ class TokenizerFiles:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The template: chat_template.jinja, or the one in tokenizer_config.json (the one named default of several)."""
-        path = self.folder / "chat_template.jinja"
+        """The template, renewed: chat_template.jinja, or the default one in tokenizer_config.json."""
+        path = self.folder / CHAT_TEMPLATE
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return self._renewed(path.read_text(encoding="utf-8"))
         template = self._tokenizer_config.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+        return self._renewed(template) if isinstance(template, str) else None
+
+    def _renewed(self, template: str) -> str:
+        return self.renewed(template, END_OF_TURN in self.ids)
 
     def check(self) -> None:
         """Refuses a tokenizer whose ids have no row in the embedding."""
@@ -127,11 +154,36 @@ class TokenizerFiles:
         if largest >= size:
             raise UserError(f"{self.path}: every id must be below the model's vocab_size ({size}), got {largest}")
 
+    def files(self) -> dict[str, str]:
+        """The files that `write` takes from the folder, and the state in which they go."""
+        read = [TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE]
+        unread = "copied unread" if not self.path.is_file() else "copied"
+        states = dict.fromkeys(read, "copied") | dict.fromkeys(OTHER_FILES, unread)
+        found = {name: state for name, state in states.items() if (self.folder / name).is_file()}
+        more = sorted((self.folder / MORE_TEMPLATES).glob("*.jinja"))
+        return found | {f"{MORE_TEMPLATES}/{file.name}": "copied" for file in more}
+
     def write(self, folder: Path) -> None:
-        """Copies the files into a folder."""
-        for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        """Copies the files into a folder, the paths of machines left out, see `private_paths`."""
+        for name in self.files():
+            source, target = self.folder / name, folder / name
+            target.parent.mkdir(exist_ok=True)
+            if name == CHAT_TEMPLATE and self.chat_template is not None:
+                target.write_text(self.chat_template, encoding="utf-8")
+            elif name == TOKENIZER_CONFIG:
+                self._write_config(target)
+            else:
+                shutil.copyfile(source, target)
+
+    def _write_config(self, target: Path) -> None:
+        config = without_paths(self._tokenizer_config)
+        template = config.get("chat_template")
+        if isinstance(template, str):
+            config |= {"chat_template": self._renewed(template)}
+        if config == self._tokenizer_config:
+            shutil.copyfile(self.folder / TOKENIZER_CONFIG, target)
+        else:
+            write_json(target, config)
 
     def generation_ids(self) -> dict[str, int | list[int]]:
         """The ids of generation_config.json: bos_token_id, and eos_token_id with every stop id."""
@@ -140,8 +192,12 @@ class TokenizerFiles:
 
     def gguf_metadata(self) -> dict[str, object]:
         """The `tokenizer.*` keys of a GGUF file, with as many tokens as the model's vocab_size."""
-        if (kind := self._tokenizer.get("model", {}).get("type")) != "BPE":
-            raise UserError(f"{self.path}: model.type must be BPE for GGUF, got {kind!r}; use --format safetensors")
+        return dict(self._gguf_metadata)
+
+    @cached_property
+    def _gguf_metadata(self) -> dict[str, object]:
+        for reason in self._unsayable():
+            raise UserError(f"{self.path}: {reason}; use --format safetensors")
         pre, (tokens, types) = self._pre_tokenizer(), self._tokens()
         metadata: dict[str, object] = {
             "tokenizer.ggml.model": "gpt2",
@@ -168,6 +224,10 @@ class TokenizerFiles:
         given = self.config.get(f"{role}_token_id")
         if given is not None:
             return [self._checked(id_, role) for id_ in (given if isinstance(given, list) else [given])]
+        return self._named(role, usual)
+
+    def _named(self, role: str, usual: str | None) -> list[int]:
+        """The id of the token that tokenizer_config.json names for a role, or of the usual one; none for no token."""
         token = self._tokenizer_config.get(f"{role}_token", usual)
         name = token["content"] if isinstance(token, dict) else token
         return [self.ids[name]] if name in self.ids else []
@@ -178,16 +238,45 @@ class TokenizerFiles:
             raise UserError(f"{self.folder}/config.json: {role}_token_id must be below vocab_size ({size}), got {id_}")
         return id_
 
+    def _unsayable(self) -> Iterator[str]:
+        """What the tokenizer does and GGUF has no key for."""
+        model = self._tokenizer.get("model", {})
+        if model.get("type") != "BPE":
+            yield f"model.type must be BPE for GGUF, got {model.get('type')!r}"
+        normalizer = self._tokenizer.get("normalizer")
+        if normalizer and normalizer.get("normalizers") != []:
+            yield f"normalizer must be null for GGUF, which keeps none, got {normalizer}"
+        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(field):
+                yield f"model.{field} must be empty for GGUF, which has no place for it, got {model[field]!r}"
+        for token in self._added.values():
+            for flag in _STRIPS:
+                if getattr(token, flag):
+                    told = f"added token {token.content!r}: {flag}"
+                    yield f"{told} must be false for GGUF, which has no key for it, got true"
+
     def _tokens(self) -> tuple[list[str], list[int]]:
         """Tokens and types in id order; ids that the tokenizer does not use become `[PAD<id>]`."""
         self.check()
+        missing = sorted({*tokenizers.pre_tokenizers.ByteLevel.alphabet()} - self.ids.keys())
+        if missing and self._tokenizer["model"].get("unk_token"):
+            raise UserError(
+                f"{self.path}: every byte must be a token for GGUF, which has no unknown token beside them, got none "
+                f"for {missing[0]!r}; use --format safetensors"
+            )
         size = self.config["vocab_size"]
         tokens = [f"[PAD{id_}]" for id_ in range(size)]
         types, normal = [int(TokenType.UNUSED)] * size, int(TokenType.NORMAL)
         for token, id_ in self.ids.items():
             tokens[id_], types[id_] = token, normal
-        for added in self._tokenizer.get("added_tokens", []):
-            types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+        for id_, added in self._added.items():
+            types[id_] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
+        for role, usual in (("bos", BEGIN_OF_TEXT), ("eos", END_OF_TEXT), ("pad", None)):
+            for id_ in self._named(role, usual):  # special by its role, as transformers has it
+                types[id_] = int(TokenType.CONTROL)
+        if len({*tokens}) < size or "" in tokens:  # runtimes end with an assertion
+            bad = next(token for token, count in Counter(tokens).items() if count > 1 or not token)
+            raise UserError(f"{self.path}: every token must be there once and not be empty for GGUF, got {bad!r}")
         return tokens, types
 
     def _merges(self) -> list[str]:
@@ -195,23 +284,44 @@ class TokenizerFiles:
         merges = self._tokenizer["model"].get("merges")
         if not merges:
             raise UserError(f"{self.path}: model.merges must not be empty for GGUF, got {merges!r}")
-        return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        written = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        if bad := next((merge for merge in written if merge.count(" ") != 1), None):
+            raise UserError(f"{self.path}: model.merges must join tokens without spaces for GGUF, got {bad!r}")
+        return written
 
     def _pre_tokenizer(self) -> str:
-        """llama.cpp's name of the expression that cuts a text before merging."""
-        normalizer = self._tokenizer.get("normalizer")
-        if normalizer and normalizer.get("normalizers") != []:
-            raise UserError(f"{self.path}: normalizer must be null for GGUF, which keeps none; got {normalizer}")
+        """llama.cpp's name of how a text is cut before merging."""
         pre = self._tokenizer.get("pre_tokenizer") or {}
-        steps = pre.get("pretokenizers", [pre])
-        cuts = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-        cuts += ["ByteLevel" for step in steps if step.get("type") == "ByteLevel" and step.get("use_regex", True)]
-        byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
-        if not byte_level or len(cuts) != 1 or cuts[0] not in PRE_TOKENIZERS:
+        cuts, ignores = cuts_of(pre), bool(self._tokenizer["model"].get("ignore_merges"))
+        known = [known for known in PRE_TOKENIZERS if known.cuts == cuts]
+        if not known:
+            names = ", ".join(dict.fromkeys(known.name for known in PRE_TOKENIZERS))
             raise UserError(
-                f"{self.path}: pre_tokenizer must be LLaMA-3's or GPT-2's for GGUF, which keeps no other; got {pre}"
+                f"{self.path}: pre_tokenizer must be one that GGUF has a name for ({names}), got {pre}; use --format "
+                "safetensors"
             )
-        return PRE_TOKENIZERS[cuts[0]]
+        return self._chosen(known, ignores).name
+
+    def _chosen(self, known: list[PreTokenizer], ignores: bool) -> PreTokenizer:
+        """The name with the tokenizer's ignore_merges; the first of all where that makes no difference."""
+        if known[0].ignore_merges == ignores or self._merges_make_every_token:
+            return known[0]
+        for candidate in known:
+            if candidate.ignore_merges == ignores:
+                return candidate
+        raise UserError(
+            f"{self.path}: model.ignore_merges must be {known[0].ignore_merges} for GGUF with this pre_tokenizer, got "
+            f"{ignores}; use --format safetensors"
+        )
+
+    @cached_property
+    def _merges_make_every_token(self) -> bool:
+        """Whether merging the bytes of each token gives that token: ignore_merges then changes nothing."""
+        model = self._tokenizer["model"]
+        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        merging = tokenizers.models.BPE(vocab=model["vocab"], merges=merges)
+        words = (token for token, id_ in model["vocab"].items() if id_ not in self._added)
+        return all(len(merging.tokenize(word)) == 1 for word in words)
 
 
 def _without_generation(template: str) -> str:

@@ -1,5 +1,6 @@
 """Text from a model.
 
+    loading     a stored model and its tokenizer
     sampling    one token at a time, with keys and values cached
     session     a conversation: history, the model's turns, what is forgotten when the context is full
     terminal    that conversation at a prompt

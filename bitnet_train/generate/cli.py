@@ -20,11 +20,11 @@ from bitnet_train.data.readers import format_of, is_readable
 from bitnet_train.data.sources import Row, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.generate.loading import load
 from bitnet_train.generate.sampling import Sampling, prompt_ids_of, stream
 from bitnet_train.generate.session import ChatSession
 from bitnet_train.generate.terminal import chat
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.pretrained import load_for_inference, source_folder
 
 
 def _parser() -> ArgumentParser:
@@ -60,8 +60,7 @@ def _check(args: argparse.Namespace) -> None:
 def _main() -> None:
     args = _parser().parse_args()
     _check(args)
-    folder = source_folder(args.source, "SRC")
-    model, tokenizer = load_for_inference(folder), Tokenizer.from_folder(folder)
+    model, tokenizer = load(args.source, "SRC")
     if args.prompts is not None:
         _complete_all(args, model, tokenizer)
     elif args.prompt is not None:

@@ -11,12 +11,14 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
+from bitnet_train.formats.recognise import what_it_is
 from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
+from bitnet_train.model.accounting import check_modules, check_places, left_out
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.model.skeleton import uninitialized
-from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, whole
+from bitnet_train.model.skeleton import skeleton, tensor_shapes, ternary_names, uninitialized
+from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, check_finite, gguf_config, whole
 
 
 class SpecialIds(NamedTuple):
@@ -47,7 +49,8 @@ def source_folder(source: str, name: str) -> Path:
         raise UserError(f"{name}={source}: the run has not finished (no model/ in it); let it end first")
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(
-            f"{name}={source}: no model there; give a run directory, a folder with {CONFIG} or a .gguf file"
+            f"{name}={source}: no model there; give a run directory, a folder with {CONFIG} or a .gguf file: "
+            f"{what_it_is(path)}"
         )
     return _download(source, name)
 
@@ -84,7 +87,8 @@ def load_for_training(folder: Path) -> BitNetForCausalLM:
         UserError: the folder is packed, no BitNet, or damaged.
     """
     source = master_folder(folder)
-    model = BitNetForCausalLM(BitNetConfig.from_json(source.config))
+    model = BitNetForCausalLM(_config(source))
+    left_out(source, dict(model.named_parameters()), model.config)
     for name, parameter in model.named_parameters():
         copy_tensor(source, name, parameter)
     return model
@@ -98,13 +102,24 @@ def load_for_inference(source: Path) -> BitNetForCausalLM:
     """
     if source.is_file():
         file = GGUFFile(source)
-        return load_weights(BitNetConfig.from_json(gguf_config(file)), GGUFWeights(file))
+        config = BitNetConfig.from_json(gguf_config(file))
+        check_places(file, tensor_shapes(skeleton(config)))
+        return load_weights(config, GGUFWeights(file))
     if folder_kind(source) == "packed":
         folder = HFFolder(source)
-        return load_weights(BitNetConfig.from_json(folder.config), FolderWeights(folder, "packed"))
+        config = _config(folder)
+        outline = skeleton(config)
+        left_out(folder, [*tensor_shapes(outline), *(f"{name}_scale" for name in ternary_names(outline))], config)
+        return load_weights(config, FolderWeights(folder, "packed"))
     model = load_for_training(source)
     freeze(model)
     return model.eval()
+
+
+def _config(folder: HFFolder) -> BitNetConfig:
+    config = BitNetConfig.from_json(folder.config)
+    check_modules(folder.path / CONFIG, folder.config.get("quantization_config"), config)
+    return config
 
 
 @torch.no_grad()
@@ -137,14 +152,16 @@ def copy_tensor(source: HFFolder, name: str, parameter: Tensor) -> None:
     """Copies a tensor of the folder into a parameter, in the parameter's dtype.
 
     Raises:
-        UserError: the folder has none of this name, or it has another shape.
+        UserError: the folder has none of this name, it has another shape, or a value is not finite.
     """
     if source.shape(name) != tuple(parameter.shape):
         raise UserError(
             f"{source.path}: tensor {name} must have shape {tuple(parameter.shape)}, got {source.shape(name)}; "
             f"the weights do not fit {CONFIG}"
         )
-    parameter.copy_(source.load(name))
+    tensor = source.load(name)
+    check_finite(source.path, name, tensor)
+    parameter.copy_(tensor)
 
 
 def save_pretrained(

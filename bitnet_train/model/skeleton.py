@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 
@@ -73,6 +74,12 @@ def skeleton(config: BitNetConfig) -> BitNetForCausalLM:
     """The decoder on the meta device: names and shapes, no memory."""
     with torch.device("meta"), uninitialized():
         return BitNetForCausalLM(config)
+
+
+def ternary_names(model: BitNetForCausalLM) -> dict[str, None]:
+    """The weights that are ternary, one of each BitLinear, as an ordered set."""
+    modules = model.named_modules()
+    return dict.fromkeys(f"{name}.weight" for name, module in modules if isinstance(module, BitLinear))
 
 
 def tensor_shapes(model: BitNetForCausalLM) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import CONFIG, HFFolder
+from bitnet_train.formats.hf_folder import CONFIG
+from bitnet_train.model.accounting import check_modules, left_out
 from bitnet_train.model.config import BitNetConfig, rope_fields
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import copy_tensor, master_folder
@@ -36,7 +37,6 @@ _DEFAULTS = {  # what transformers takes where config.json is silent
     "attention_dropout": 0.0,
 }
 _INSERTED = re.compile(r"\.(attn_sub_norm|ffn_sub_norm)\.weight$")
-_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # older files hold what config.json says already
 
 
 @dataclass(frozen=True)
@@ -143,25 +143,15 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
     model = BitNetForCausalLM(config)
     parameters = dict(model.named_parameters())
     initialised = [name for name in parameters if name not in source.tensors and _may_be_new(name, model_type)]
-    left_out = sorted(source.tensors.keys() - parameters.keys())
-    _check_left_out(source, left_out, config)
+    check_modules(folder / CONFIG, source.config.get("quantization_config"), config)
+    unused = sorted(left_out(source, parameters, config))
     copied = [name for name in parameters if name not in initialised]
     for name in copied:
         copy_tensor(source, name, parameters[name])
-    return model, StartReport(f"{folder} ({model_type})", config, copied, initialised, left_out)
+    return model, StartReport(f"{folder} ({model_type})", config, copied, initialised, unused)
 
 
 def _may_be_new(name: str, model_type: object) -> bool:
     """Whether the dense model is known to lack the tensor; biases of `BitNetForCausalLM` start at 0, gains at 1."""
     inserted = model_type in DENSE_TYPES and _INSERTED.search(name) is not None
     return inserted or (model_type == "qwen2" and name.endswith("o_proj.bias"))
-
-
-def _check_left_out(source: HFFolder, names: Sequence[str], config: BitNetConfig) -> None:
-    for name in names:
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if not tied and not _COMPUTED.search(name):
-            raise UserError(
-                f"{source.path}: tensor {name} has no place in this BitNet (attention_bias {config.attention_bias}, "
-                f"tie_word_embeddings {config.tie_word_embeddings}); start from another model"
-            )

@@ -29,7 +29,8 @@ from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, unpack_ternary_bloc
 from bitnet_train.formats.hf_folder import HFFolder, Kind, quantization_config
 from bitnet_train.formats.packing import unpack_ternary
 from bitnet_train.formats.parts import row_slices
-from bitnet_train.quant import TernaryWeight, quantize_weight
+from bitnet_train.formats.scale import all_zero
+from bitnet_train.quant import WEIGHT_EPS, TernaryWeight, quantize_weight
 
 _NO_CODE = 2  # stands for a stored value that is neither 0 nor plus or minus the scale
 
@@ -88,8 +89,8 @@ class FolderWeights:
         with located(self.path, name):
             codes = unpack_ternary(self.folder.load(name))
         scale = self.folder.load(f"{name}_scale").float().reshape(())
-        check_finite(self.path, f"{name}_scale", scale)
-        return TernaryWeight(codes, scale.reciprocal() if self.folder.inverse_scale else scale)
+        g = scale.reciprocal() if self.folder.inverse_scale else scale
+        return _checked(self.path, f"{name}_scale", TernaryWeight(codes, g), scale)
 
     def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
         return [partial(self._finite, name, read) for read in self.folder.parts(name)]
@@ -119,7 +120,7 @@ class GGUFWeights:
             return _of_floats(whole(self, name))
         with located(self.path, name):
             codes, scale = unpack_ternary_blocks(kind, self.file.read(gguf_name(name)), self.shape(name))
-        return TernaryWeight(codes, torch.tensor(scale))
+        return _checked(self.path, name, TernaryWeight(codes, torch.tensor(scale)), torch.tensor(scale))
 
     def parts(self, name: str) -> Sequence[Callable[[], Tensor]]:
         return [partial(self._rows, name, rows) for rows in row_slices(self.shape(name))]
@@ -157,8 +158,24 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     return {**config, "quantization_config": quantization_config("autobitlinear", "offline")}
 
 
+def _checked(path: Path, name: str, weight: TernaryWeight, stored: Tensor) -> TernaryWeight:
+    """The weight, whose scale g must be above 0; a matrix of zeros may have 0, and gets that of masters of zeros."""
+    codes, g = weight
+    if g == 0 and all_zero(codes):
+        return TernaryWeight(codes, torch.full_like(g, WEIGHT_EPS))
+    if not g.isfinite() or g <= 0:
+        inverse = "" if g.equal(stored) or g.isnan() else f" (1 / g, so that g is {g.item():g})"
+        raise UserError(
+            f"{path}: {name}: the scale of the matrix must be finite and above 0, got {stored.item():g}{inverse}; "
+            "export the model again from its masters"
+        )
+    return weight
+
+
 def _of_floats(values: Tensor) -> TernaryWeight:
     scale = values.abs().max()
+    if scale == 0:
+        return TernaryWeight(torch.zeros(values.shape, dtype=torch.int8), torch.tensor(WEIGHT_EPS))
     codes = torch.where((values == 0) | (values.abs() == scale), values.sign(), _NO_CODE)
     return TernaryWeight(codes.to(torch.int8), scale.float())
 

@@ -10,7 +10,7 @@ import torch
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.export import export
-from bitnet_train.export.prompts import check_folder
+from bitnet_train.export.tokenization import check_folder
 from bitnet_train.generate import complete
 from bitnet_train.model.pretrained import load_for_inference
 from tests.families import TEXTS, write_family
@@ -69,7 +69,8 @@ def test_a_qwen2_is_fine_tuned_deployed_and_asked(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path / "run/model")
     found = check_folder(tokenizer, tmp_path / "packed")
     assert found.agrees, found
-    assert found.compared == 36
+    assert found.prompts is not None
+    assert (found.prompts.compared, found.texts.compared) == (36, 200)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "packed")
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto").eval()

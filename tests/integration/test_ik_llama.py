@@ -16,7 +16,7 @@ from bitnet_train.data.conversation import Message
 from bitnet_train.data.template import render
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.export import export
-from bitnet_train.export.llama_process import IK_LLAMA, RuntimeFailure, ask, ik_llama_quantize
+from bitnet_train.export.llama_process import IK_LLAMA, RuntimeFailure, Text, ask, ik_llama_quantize
 from bitnet_train.export.runtimes import agreement, compare, ik_llama_logits, iq2_bn_logits, take_sample
 from bitnet_train.export.source import open_source
 from tests.folders import TEXT, edit_config, write_master
@@ -102,7 +102,8 @@ def test_another_function_does_not_agree(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     (report,) = compare(tmp_path / "other", tmp_path / "model.gguf", tmp_path / "text")
     assert not report.agrees
-    assert str(report).startswith("error: ik_llama.cpp: KL ")
+    assert report.lines()[0].text.startswith("ik_llama.cpp: KL ")
+    assert not report.lines()[0].agrees
 
 
 def test_a_file_that_the_runtime_cannot_load_is_a_failure(tmp_path: Path) -> None:
@@ -154,13 +155,13 @@ def test_the_runtime_tokenizes_conversations_as_we_do(tmp_path: Path) -> None:
     rendered = [render(chat, template, add_generation_prompt=True, bos_token="").text for chat in chats]
     assert len(rendered) >= 200
     assert rendered[0] == f"User: {texts[0].strip()}<|eot_id|>Assistant: "
-    theirs = ask(IK_LLAMA, tmp_path / "model.gguf", [1], rendered, special=True).ids
+    theirs = ask(IK_LLAMA, tmp_path / "model.gguf", [1], [Text(text, special=True) for text in rendered]).ids
     assert theirs == [tokenizer.encode_pieces([text])[0] for text in rendered]
     plain = [index for index, text in enumerate(texts) if "<|" not in text]
     assert [[tokenizer.bos_token_id, *theirs[index]] for index in plain] == [
         encode_prompt(chats[index], tokenizer) for index in plain
     ]
-    as_text = ask(IK_LLAMA, tmp_path / "model.gguf", [1], texts).ids
+    as_text = ask(IK_LLAMA, tmp_path / "model.gguf", [1], [Text(text) for text in texts]).ids
     assert as_text == [tokenizer.encode(text) for text in texts]
     back = Tokenizer.from_folder(tmp_path / "model.gguf")
     assert as_text == [back.encode(text) for text in texts]

@@ -1,7 +1,6 @@
 """An export with a tokenizer of every family: other programs have the prompts of training, or it is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.errors import UserError
 from bitnet_train.export import export
 from bitnet_train.export.cli import run
-from bitnet_train.export.llama_process import IK_LLAMA, ask
-from bitnet_train.export.prompts import check_folder, check_gguf, check_prompts, tokenizer_of
-from bitnet_train.export.runtimes import compare
+from bitnet_train.export.llama_process import IK_LLAMA, Text, ask
+from bitnet_train.export.runtimes import Line, compare
 from bitnet_train.export.source import open_source
+from bitnet_train.export.tokenization import Answers, Compared, Questions, check_folder, check_gguf, check_tokenizer
 from tests.families import FAMILIES, TEXTS, write_family
 from tests.folders import edit_config, write_master
 
@@ -43,9 +42,10 @@ def test_transformers_has_the_prompts_of_training(tmp_path: Path, family: str) -
     model, tokenizer = write_model(tmp_path, family)
     export(model, tmp_path / "packed")
     found = check_folder(tokenizer, tmp_path / "packed")
-    assert (found.equal, found.stops, found.cut) == (found.compared, (), 0), found
-    assert found.compared == 36
-    assert tokenizer_of(open_source(tmp_path / "packed")).fingerprint == tokenizer.fingerprint
+    assert found.agrees, found
+    assert found.prompts == Compared("prompts", 36, 36)
+    assert found.texts == Compared("texts", 200, 200)
+    assert open_source(tmp_path / "packed").trained_tokenizer.fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,8 +58,9 @@ def test_ik_llama_has_the_prompts_of_training_or_the_file_is_refused(tmp_path: P
         return
     export(model, tmp_path / "model.gguf", format="gguf", type="f16")
     found = check_gguf(tokenizer, tmp_path / "model.gguf", IK_LLAMA)
-    assert (found.equal, found.stops) == (found.compared, ()), found
-    assert found.compared == 36
+    assert found.agrees, found
+    assert found.prompts == Compared("prompts", 36, 36)
+    assert found.texts == Compared("texts", 200, 200)
     back = Tokenizer.from_folder(tmp_path / "model.gguf")
     assert (back.bos_token, back.stop_token_ids) == (tokenizer.bos_token, tokenizer.stop_token_ids)
 
@@ -69,7 +70,7 @@ def test_a_prompt_has_bos_once_or_never(tmp_path: Path, family: str) -> None:
     """llama-3's template writes it, ChatML does not: a runtime adds it to the one and not to the other."""
     model, tokenizer = write_model(tmp_path, family)
     export(model, tmp_path / "model.gguf", format="gguf", type="f16")
-    ids = ask(IK_LLAMA, tmp_path / "model.gguf", [1], ["Hi"], add_bos=True).ids
+    ids = ask(IK_LLAMA, tmp_path / "model.gguf", [1], [Text("Hi", add_bos=True)]).ids
     assert ids == [tokenizer.begun(tokenizer.encode("Hi")) if family == "llama-3" else tokenizer.encode("Hi")]
 
 
@@ -91,15 +92,28 @@ def test_special_tokens_may_come_first(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 4, 2]}')
     export(tmp_path / "model", tmp_path / "model.gguf", format="gguf", type="f16")
-    found = check_gguf(tokenizer_of(open_source(tmp_path / "model")), tmp_path / "model.gguf", IK_LLAMA)
-    assert found.equal == found.compared == 36
-    assert found.stops == (2,)  # GGUF has room for the end of a text and of a turn
+    found = check_gguf(open_source(tmp_path / "model").trained_tokenizer, tmp_path / "model.gguf", IK_LLAMA)
+    assert found.prompts == Compared("prompts", 36, 36)
+    assert found.texts == Compared("texts", 200, 200)
+    assert found.stops.missing == (2,)  # GGUF has room for the end of a text and of a turn
+    export(tmp_path / "model.gguf", tmp_path / "back")
+    again = check_folder(Tokenizer.from_folder(tmp_path / "model.gguf"), tmp_path / "back")
+    assert again.agrees, again
 
 
 def test_verify_says_what_became_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = write_model(tmp_path, "llama-3")
     assert run([str(model), str(tmp_path / "packed"), "--format", "safetensors", "--verify"]) == 0
-    assert "; prompts 36 of 36 equal; stop ids equal\n" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in told[2:]] == [
+        *("tensors", "config.json", "generation_config.json"),
+        *("transformers", "transformers", "transformers", "transformers"),
+    ]
+    assert told[-3:] == [
+        "transformers: prompts 36 of 36 equal",
+        "transformers: texts 200 of 200 equal",
+        "transformers: stop ids equal",
+    ]
 
 
 def test_another_template_makes_the_command_fail(tmp_path: Path) -> None:
@@ -109,9 +123,8 @@ def test_another_template_makes_the_command_fail(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("{{ bos_token }}", "{{ bos_token }} "))
     found = check_folder(tokenizer, tmp_path / "packed")
     assert not found.agrees
-    assert str(found).startswith("prompts 0 of 36 equal, first 'Hi': [")
-    assert not replace(found, equal=36, stops=(7,)).agrees
-    assert str(replace(found, equal=36, first="", stops=(7,))) == "prompts 36 of 36 equal; does not stop at 7"
+    assert found.lines()[0].startswith("prompts 0 of 36 equal, first 'Hi': [")
+    assert found.texts.agrees
 
 
 def test_a_template_that_the_runtime_cannot_run_is_told(tmp_path: Path) -> None:
@@ -121,15 +134,24 @@ def test_a_template_that_the_runtime_cannot_run_is_told(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("{{ bos_token }}", "{{ raise_exception('not here') }}"))
     (report,) = compare(model, tmp_path / "packed")
     assert report.agreement is not None
-    assert report.prompts is None
-    assert str(report).endswith("; prompts not compared: TemplateError: not here")
+    assert report.tokenizer is not None
+    assert report.tokenizer.prompts is None
+    assert report.lines()[1] == Line("transformers: prompts not compared: TemplateError: not here")
 
 
 def test_answers_that_training_cuts_are_counted_apart() -> None:
     """BitNet's own format: "Assistant: " and an answer share a space."""
     tokenizer = train_bpe(["Assistant: Yes, 1. "] * 20, 300)
-    found = check_prompts(
-        tokenizer, lambda prompts, stops: ([encode_prompt(prompt, tokenizer) for prompt in prompts], stops)
-    )
-    assert (found.compared, found.equal, found.cut) == (24, 24, 12)
-    assert str(found) == "prompts 24 of 24 equal (12 with earlier answers are cut in training alone); stop ids equal"
+
+    def ask_us(asked: Questions) -> Answers:
+        as_tokens = [tokenizer.encode_pieces([text])[0] for text in asked.texts]
+        prompts = [encode_prompt(prompt, tokenizer) for prompt in asked.prompts]
+        return Answers(prompts, tokenizer.encode_batch(asked.texts), as_tokens, tokenizer.stop_token_ids)
+
+    found = check_tokenizer(tokenizer, ask_us)
+    assert found.agrees
+    assert found.lines() == [
+        "prompts 24 of 24 equal (12 with earlier answers are cut in training alone)",
+        "texts 200 of 200 equal",
+        "stop ids equal",
+    ]

@@ -76,12 +76,13 @@ def test_sizes_of_shards_have_units(master: Path, tmp_path: Path) -> None:
 
 
 def test_list_says_where_a_model_can_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_master(tmp_path / "master", {"hidden_size": 256})
+    write_master(tmp_path / "master", {"hidden_size": 512, "intermediate_size": 512})
     assert run([str(tmp_path / "master"), "--list"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     told = {name: text.strip() for name, text in lines.items()}
     assert told["safetensors autobitlinear"].split() == ["yes", "transformers"]
-    assert told["gguf i2_s"].startswith("yes   bitnet.cpp, ik_llama.cpp")
+    assert told["gguf i2_s"] == "yes   bitnet.cpp, ik_llama.cpp (by its own llama-quantize to IQ2_BN)"
+    assert told["gguf f16"] == "yes   ik_llama.cpp"
     assert told["gguf tq2_0"].startswith("no ")
     assert "computes SiLU without a word" in told["gguf tq2_0"]
     assert len(told) == 9

@@ -1,5 +1,6 @@
-"""One number that differs is found in every format."""
+"""One number that differs is found in every format, and what differs is not kept."""
 
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
 from bitnet_train.export import readback as module
 from bitnet_train.export.cli import run
-from bitnet_train.export.readback import Readback
+from bitnet_train.export.readback import NotVerifiedError, Readback
 from bitnet_train.formats.gguf_blocks import GGMLType
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_ternary import pack_ternary_blocks
@@ -83,7 +84,7 @@ def test_the_command_fails_when_the_packing_is_wrong(
         "bitnet_train.export.gguf.pack_ternary_blocks", lambda kind, codes, g: pack_ternary_blocks(kind, -codes, g)
     )
     assert run([str(master), str(tmp_path / "model.gguf"), "--format", "gguf"]) == 1
-    assert (tmp_path / "model.gguf").is_file()
+    assert os.listdir(tmp_path) == ["master"]  # nothing has the name that was asked for
     error = capsys.readouterr().err
     assert f"in {LINEARS} tensors, first model.layers.0.self_attn.q_proj.weight" in error
     assert error.count("\n") == 1
@@ -102,9 +103,11 @@ def test_a_byte_that_the_disk_changed_is_found(
         compare(self, path, name)
 
     monkeypatch.setattr(Readback, "written", written)
-    result = export(master, tmp_path / "out", format=format)
-    assert result.verification is not None
-    assert (result.verification.differ, result.verification.mismatches) == (1, (MATRIX,))
+    with pytest.raises(
+        NotVerifiedError, match=rf"out: not verified: .* 1 differ, in 1 tensors, first {MATRIX}; it was"
+    ):
+        export(master, tmp_path / "out", format=format)
+    assert os.listdir(tmp_path) == ["master"]
 
 
 def change_a_code(path: Path) -> None:
@@ -159,10 +162,36 @@ def test_few_matrices_wait_for_a_slow_comparison(master: Path, tmp_path: Path, m
     assert waiting[-1] == 0  # all are compared before the file gets its name
 
 
-def test_bytes_that_are_no_codes_are_named_and_stay(
+def test_bytes_that_are_no_codes_are_named_and_do_not_stay(
     master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitnet_train.export.folders.pack_ternary", lambda codes: pack_ternary(codes).fill_(255))
     with pytest.raises(UserError, match=r"self_attn.q_proj.weight: every two bits of packed codes must be 0, 1 or 2"):
         export(master, tmp_path / "packed")
-    assert (tmp_path / "packed" / "model.safetensors").is_file()
+    assert os.listdir(tmp_path) == ["master"]
+
+
+def test_an_earlier_export_stays_where_the_new_one_is_wrong(
+    master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(master, tmp_path / "model.gguf", format="gguf")
+    earlier = (tmp_path / "model.gguf").read_bytes()
+    monkeypatch.setattr(
+        "bitnet_train.export.gguf.pack_ternary_blocks", lambda kind, codes, g: pack_ternary_blocks(kind, -codes, g)
+    )
+    with pytest.raises(NotVerifiedError):
+        export(master, tmp_path / "model.gguf", format="gguf", force=True)
+    assert (tmp_path / "model.gguf").read_bytes() == earlier
+
+
+@pytest.mark.parametrize("format", ["gguf", "safetensors"])
+def test_matrices_of_zeros_are_named(master: Path, tmp_path: Path, format: str) -> None:
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+    edit_tensor(master, first, torch.zeros(256, 128))
+    edit_tensor(master, second, torch.zeros(64, 128))
+    result = export(master, tmp_path / "out", format=format)
+    assert result.notes[-1] == f"2 matrices are all zero: {first}, {second}"
+    again = export(tmp_path / "out", tmp_path / "again", linear_class="bitlinear")
+    assert again.notes[-1] == result.notes[-1]
+    assert again.verification is not None
+    assert again.verification.differ == 0

@@ -54,10 +54,11 @@ def test_ids_of_generation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("pre", "qwen2", "tokenizer.ggml.pre must be one of llama-bpe, gpt-2, got 'qwen2'"),
+        ("pre", "tekken", "tokenizer.ggml.pre must be one of llama-bpe, smaug-bpe, qwen2, gpt-2, smollm, got 'tekken'"),
         ("pre", None, "key tokenizer.ggml.pre must be there"),
         ("merges", None, "key tokenizer.ggml.merges must be there"),
-        ("token_type", [3] + [1] * 303, "must end with the added tokens"),
+        ("model", "llama", r"tokenizer.ggml.model must be gpt2 \(a byte-level BPE\), got 'llama'; give --tokenizer"),
+        ("token_type", [6] + [1] * 303, "tokenizer.ggml.token_type must be one of 1, 3, 4, 5 .*, got 6"),
     ],
 )
 def test_what_was_not_written_here_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:

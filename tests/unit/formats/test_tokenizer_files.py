@@ -23,6 +23,15 @@ def edit(folder: Path, file: str, **fields: object) -> None:
     (folder / file).write_text(json.dumps(content | fields))
 
 
+def added_token(id_: int, content: str, **flags: bool) -> dict[str, object]:
+    usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    return {"id": id_, "content": content, **usual, **flags}
+
+
+def byte_level(**how: bool) -> dict[str, object]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True, **how}
+
+
 def metadata(folder: Path, **config: object) -> dict[str, Any]:
     return TokenizerFiles(folder, {"vocab_size": 304, **config}).gguf_metadata()
 
@@ -82,14 +91,14 @@ def test_what_generation_config_stops_at_travels_along(tmp_path: Path, tokenizer
 
 def test_merges_may_be_strings_and_added_tokens_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    added = [{"id": 300, "content": "word", "special": False}]
+    added = [added_token(290, "word", special=False)]  # the first free id: the library gives no other
     merges = [" ".join(merge) for merge in model["merges"]]
     expected = metadata(tmp_path)["tokenizer.ggml.merges"]
     edit(tmp_path, "tokenizer.json", model={**model, "merges": merges}, added_tokens=added)
     found = metadata(tmp_path)
     assert found["tokenizer.ggml.merges"] == expected == merges
-    assert found["tokenizer.ggml.token_type"][300] == 4
-    assert found["tokenizer.ggml.tokens"][300] == "word"
+    assert found["tokenizer.ggml.token_type"][290] == 4
+    assert found["tokenizer.ggml.tokens"][290] == "word"
 
 
 def test_the_config_of_the_model_comes_first(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -124,19 +133,25 @@ def test_the_chat_template_may_be_a_file_or_one_of_several(tmp_path: Path, token
 
 
 def test_gpt_2_is_the_expression_of_byte_level_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    edit(tmp_path, "tokenizer.json", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    edit(tmp_path, "tokenizer.json", pre_tokenizer=byte_level())
     assert metadata(tmp_path)["tokenizer.ggml.pre"] == "gpt-2"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer must be LLaMA-3's or GPT-2's"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer must be one that GGUF has a name for"),
         ({"pre_tokenizer": None}, "pre_tokenizer must be"),
         ({"normalizer": {"type": "NFKC"}}, "normalizer must be null for GGUF, which keeps none"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer must be"),
+        ({"pre_tokenizer": byte_level(add_prefix_space=True)}, "pre_tokenizer must be"),
+        ({"pre_tokenizer": byte_level(use_regex=False)}, "pre_tokenizer must be"),
         (
-            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, byte_level()],
+                }
+            },
             "pre_tokenizer must be",
         ),
         (
@@ -145,9 +160,16 @@ def test_gpt_2_is_the_expression_of_byte_level_alone(tmp_path: Path, tokenizer: 
         ),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, r"model\.merges must not be empty"),
         (
-            {"added_tokens": [{"id": 304, "content": "x", "special": True}]},
+            {"added_tokens": [added_token(290 + n, f"x{n}") for n in range(15)]},
             r"every id must be below the model's vocab_size \(304\), got 304",
         ),
+        ({"added_tokens": [added_token(290, "x", lstrip=True)]}, r"added token 'x': lstrip must be false for GGUF"),
+        ({"added_tokens": [added_token(290, "x", rstrip=True)]}, r"added token 'x': rstrip must be false for GGUF"),
+        (
+            {"added_tokens": [added_token(290, "x", single_word=True)]},
+            r"added token 'x': single_word must be false for GGUF",
+        ),
+        ({"added_tokens": [added_token(290, "[PAD300]")]}, r"every token must be there once .* got '\[PAD300\]'"),
     ],
 )
 def test_what_gguf_cannot_hold_is_refused(

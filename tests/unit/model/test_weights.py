@@ -36,7 +36,7 @@ def test_an_export_computes_the_trained_function(tmp_path: Path, how: dict[str, 
     with torch.no_grad():
         ours, theirs = trained(ids).log_softmax(-1), loaded(ids).log_softmax(-1)
     found = float((ours.exp() * (ours - theirs)).sum(-1).mean())
-    assert abs(found) <= max(kl, 1e-6)
+    assert abs(found) <= max(kl, 1e-5)  # a last bit, another int8 code: it depends on the processor
 
 
 def test_a_gguf_file_generates(tmp_path: Path) -> None:

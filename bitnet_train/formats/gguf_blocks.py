@@ -39,7 +39,12 @@ class _Layout(NamedTuple):
 
 
 FLOAT_TYPES = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
-SCALE_TYPES = FLOAT_TYPES | {GGMLType.I2_S: torch.float32, GGMLType.TQ1_0: torch.float16, GGMLType.TQ2_0: torch.float16}
+SCALE_TYPES = {
+    **FLOAT_TYPES,
+    GGMLType.I2_S: torch.float32,
+    GGMLType.TQ1_0: torch.float16,
+    GGMLType.TQ2_0: torch.float16,
+}
 _LAYOUTS = {
     **{kind: _Layout(1, dtype.itemsize) for kind, dtype in FLOAT_TYPES.items()},
     GGMLType.TQ1_0: _Layout(256, 54),

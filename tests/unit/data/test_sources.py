@@ -3,9 +3,11 @@
 import gzip
 import json
 import lzma
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
@@ -155,3 +157,28 @@ def test_a_truncated_download_is_an_error(tmp_path: Path, compression: str) -> N
     path.write_bytes(COMPRESSIONS[compression](JSON_LINES)[:-9])
     with pytest.raises(UserError, match="cannot be read"):
         list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("container", ["stream", "file"])
+@pytest.mark.parametrize("offsets", [(2**30, 2**30 + 5, -7), (11, 5, 33)])
+def test_offsets_in_an_arrow_file_are_checked(tmp_path: Path, container: str, offsets: tuple[int, int, int]) -> None:
+    """Arrow takes them on trust, and reads beyond the file."""
+    table = pyarrow.table({"text": ["hello world"] * 500})
+    new = ipc.new_stream if container == "stream" else ipc.new_file
+    with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "x.arrow").read_bytes()
+    true = struct.pack("<iii", 11, 22, 33)
+    assert true in content
+    (tmp_path / "x.arrow").write_bytes(content.replace(true, struct.pack("<iii", *offsets)))
+    with pytest.raises(UserError, match=r"x\.arrow: cannot be read, it may be damaged"):
+        list(read_rows(str(tmp_path / "x.arrow")))
+
+
+def test_offsets_in_a_saved_data_set_are_checked(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["hello world"] * 500}).save_to_disk(str(tmp_path / "saved"))
+    file = next((tmp_path / "saved").glob("*.arrow"))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(struct.pack("<iii", 11, 22, 33), struct.pack("<iii", 2**30, 2**30 + 5, -7)))
+    with pytest.raises(UserError, match="it may be damaged"):
+        list(read_rows(str(tmp_path / "saved")))

@@ -1,5 +1,6 @@
 """The command: its output, its exit codes, and what it never overwrites."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bitnet_train.errors import UserError
 from bitnet_train.export import export
 from bitnet_train.export.cli import run
-from tests.folders import CODES, LINEARS, edit_tensor, write_master
+from tests.folders import CODES, LINEARS, edit_config, edit_tensor, write_master
 
 ROOT = Path(__file__).parents[3]
 
@@ -119,6 +121,8 @@ def test_an_upload_is_dry_by_default(
     output = capsys.readouterr().out
     assert "would send model.safetensors (0.2 MB)" in output
     assert "nothing was sent to me/model" in output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "README.md:\n" + "".join(f"    {line}\n" for line in card.splitlines()) in output
     assert sent == []
     assert run([*arguments, "--no-dry-run"]) == 0
     assert sent == [(tmp_path / "out", "me/model")]
@@ -151,6 +155,58 @@ def test_a_gguf_file_is_uploaded_with_its_card(
     output = capsys.readouterr().out
     assert "sending README.md (0.0 MB)" in output
     assert "sent: https://hub/me/model" in output
+
+
+def test_verify_accounts_for_everything(
+    master: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet_train.export.llama_process.installed", lambda _: False)
+    embedding = load_file(master / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensor(master, "lm_head.weight", embedding.clone())
+    edit_config(master, use_cache=True, auto_map={"AutoConfig": "evil.C"}, _name_or_path="/home/alice/base")
+    (master / "generation_config.json").write_text('{"temperature": 0.6}')
+    (master / "LICENSE").write_text("mit")
+    assert run([str(master), str(tmp_path / "m.gguf"), "--format", "gguf", "--verify"]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[1:] == [
+        f"verified: {LINEARS} matrices, {CODES} codes, 0 differ",
+        "tensors: 24 of 25 used; left out: lm_head.weight (the embedding, stored twice)",
+        "config.json: 14 of 17 fields used; left out: _name_or_path, auto_map, use_cache",
+        "generation_config.json: 2 of 3 fields used; left out: temperature",
+        "ik_llama.cpp (IQ2_BN) not run: ik_llama_cpp is not installed",
+    ]
+    assert told.err == "note: left out: LICENSE\n"
+    assert run([str(master), str(tmp_path / "packed"), "--format", "safetensors", "--verify"]) == 0
+    told = capsys.readouterr()
+    assert "config.json: 16 of 17 fields used; left out: auto_map" in told.out
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["_name_or_path"] == "base"
+    assert "auto_map" not in config
+
+
+@pytest.mark.parametrize("format", ["gguf", "safetensors"])
+def test_force_replaces_a_link_and_leaves_what_it_points_at(master: Path, tmp_path: Path, format: str) -> None:
+    export(master, tmp_path / "real", format=format)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "nowhere").symlink_to("none")
+    for name in ("link", "nowhere"):
+        with pytest.raises(UserError, match="must not exist yet"):
+            export(master, tmp_path / name, format=format)
+    with pytest.raises(UserError, match="--force replaces only"):
+        export(master, tmp_path / "nowhere", format=format, force=True)
+    export(master, tmp_path / "link", format=format, force=True)
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "master", "nowhere", "real"]
+
+
+def test_a_licence_is_an_identifier(master: Path, tmp_path: Path) -> None:
+    (master / "README.md").write_text('---\nlicense: "mit\\ntags: [evil]"\n---\n')
+    with pytest.raises(
+        UserError, match=r"the licence must be an identifier .* got 'mit\\ntags: \[evil\]'; give --license"
+    ):
+        export(master, tmp_path / "out")
+    export(master, tmp_path / "out", licence="llama3.1")
+    assert "\nlicense: llama3.1\n---\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_is_replaced_only_by_force(master: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
 from bitnet_train.export.source import open_source
-from bitnet_train.export.targets import TARGETS, refusal
+from bitnet_train.export.targets import TARGETS, Target, readers, refusal
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.packing import pack_ternary
 from bitnet_train.quant import quantize_weight
@@ -249,6 +250,104 @@ def test_a_run_directory_is_a_source(tmp_path: Path) -> None:
     write_master(tmp_path / "run" / "model")
     export(tmp_path / "run", tmp_path / "model.gguf", format="gguf")
     assert GGUFFile(tmp_path / "model.gguf").metadata["general.name"] == "run"
+
+
+def test_what_travels_beside_the_weights(master: Path, tmp_path: Path) -> None:
+    (master / "additional_chat_templates").mkdir()
+    (master / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (master / "chat_template.jinja").write_text("{{ messages }}")
+    (master / "vocab.json").write_text("{}")
+    (master / "optimizer.pt").touch()
+    result = export(master, tmp_path / "packed")
+    assert result.notes == ("left out: optimizer.pt",)
+    for name in ("additional_chat_templates/tool_use.jinja", "chat_template.jinja", "vocab.json"):
+        assert (tmp_path / "packed" / name).read_bytes() == (master / name).read_bytes()
+    assert result.bytes == sum(file.stat().st_size for file in (tmp_path / "packed").rglob("*") if file.is_file())
+    gguf = export(master, tmp_path / "m.gguf", format="gguf")
+    assert gguf.notes[-1] == "left out: additional_chat_templates, optimizer.pt, vocab.json"
+
+
+def test_a_tokenizer_of_sentencepiece_is_copied_unread(master: Path, tmp_path: Path) -> None:
+    (master / "tokenizer.json").unlink()
+    (master / "tokenizer.model").write_bytes(b"pieces")
+    result = export(master, tmp_path / "packed")
+    assert result.notes == ("there is no tokenizer.json; tokenizer.model was copied unread",)
+    assert (tmp_path / "packed" / "tokenizer.model").read_bytes() == b"pieces"
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
+        export(master, tmp_path / "m.gguf", format="gguf")
+
+
+def test_a_model_without_a_tokenizer_is_told_of(tmp_path: Path) -> None:
+    write_master(tmp_path / "master", with_tokenizer=False)
+    assert export(tmp_path / "master", tmp_path / "packed").notes == (
+        "the model has no tokenizer; --tokenizer DIR adds one",
+    )
+
+
+SHAPES = [  # hidden size, heads, feed-forward size, activation, type, why not
+    (
+        128,
+        2,
+        130,
+        "relu2",
+        "f16",
+        "the row length must be a multiple of 4 for ik_llama.cpp, .* got 130; use --type f32",
+    ),
+    (128, 2, 132, "relu2", "f16", None),
+    (
+        128,
+        2,
+        132,
+        "relu2",
+        "bf16",
+        "the row length must be a multiple of 8 for ik_llama.cpp, .* got 132; use --type f32",
+    ),
+    (128, 2, 130, "relu2", "f32", None),
+    (
+        132,
+        2,
+        256,
+        "relu2",
+        "f32",
+        r"hidden_size / num_attention_heads must be a multiple of 4 .*; use --format safetensors",
+    ),
+    (128, 2, 130, "silu", "f16", None),  # llama.cpp takes the rest into account
+    (132, 2, 256, "silu", "bf16", None),
+]
+
+
+@pytest.mark.parametrize(("hidden", "heads", "wide", "act", "type", "reason"), SHAPES)
+def test_rows_that_a_runtime_computes_wrong_are_refused(
+    tmp_path: Path, hidden: int, heads: int, wide: int, act: str, type: str, reason: str | None
+) -> None:
+    """What `--list` says and what the export does is one."""
+    sizes: dict[str, int | str | bool] = {"hidden_size": hidden, "intermediate_size": wide}
+    sizes |= {"num_attention_heads": heads, "hidden_act": act}
+    write_master(tmp_path / "master", sizes)
+    source, target = open_source(tmp_path / "master"), Target("gguf", type)
+    if reason is None:
+        export(tmp_path / "master", tmp_path / "m.gguf", format="gguf", type=type)
+        assert readers(source, target) == (["llama.cpp"] if act == "silu" else ["ik_llama.cpp"])
+        return
+    with pytest.raises(UserError, match=reason):
+        export(tmp_path / "master", tmp_path / "m.gguf", format="gguf", type=type)
+    assert re.search(reason, refusal(source, target) or "")
+    assert readers(source, target) == []
+
+
+@pytest.mark.parametrize("how", [{"type": "f16"}, {"type": "tq2_0"}])
+def test_a_scale_beyond_float16_is_refused_before_anything_is_written(tmp_path: Path, how: dict[str, str]) -> None:
+    write_master(tmp_path / "master", {"hidden_size": 256, "hidden_act": "silu"})
+    export(tmp_path / "master", tmp_path / "packed", dtype="float32")
+    for scale in (1e-9, 1e6):
+        edit_tensor(tmp_path / "packed", f"{MATRIX}_scale", torch.tensor([scale]))
+        with pytest.raises(
+            UserError, match=rf"{MATRIX}: the scale must be a number that float16 holds to 8 bits, got "
+        ):
+            export(tmp_path / "packed", tmp_path / "m.gguf", format="gguf", **how)  # type: ignore[arg-type]
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["master", "packed"]
+        export(tmp_path / "packed", tmp_path / "m.gguf", format="gguf", type="i2_s", force=True)
+        (tmp_path / "m.gguf").unlink()
 
 
 def test_a_shared_matrix_that_is_stored_twice_is_no_error(master: Path, tmp_path: Path) -> None:

@@ -38,6 +38,17 @@ def fail_halfway(writing: AbstractContextManager[Path]) -> None:
         raise RuntimeError
 
 
+def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+    assert os.listdir(tmp_path / "link") == ["new"]
+    assert os.listdir(tmp_path / "real") == ["old"]
+
+
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(RuntimeError):

@@ -194,3 +194,37 @@ def test_a_type_that_is_not_written_here_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data[:number] + struct.pack("<I", 37) + data[number + 4 :])
     with pytest.raises(UserError, match=r"i2_s: type must be one of .* got 37"):
         GGUFFile(tmp_path / "file").read("i2_s")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(0, 2**32 - 1, 2**32, 2**64 - 1, -1, -(2**31), -(2**31) - 1),
+        *([1, -1], [2**31, 1], [-1, 2**40], [2**63]),
+        *([0.5, -1.0], [True, False], ["a", ""]),
+    ],
+)
+def test_numbers_get_a_type_that_holds_them(tmp_path: Path, value: object) -> None:
+    """Of other writers' files keys of any type are copied: scores, ids beyond 32 bits, negative ones."""
+    write_gguf(tmp_path / "file.gguf", "arch", {"key": value}, {})
+    assert GGUFFile(tmp_path / "file.gguf").metadata["key"] == value
+
+
+@pytest.mark.parametrize("value", [2**64, [1, "a"], [[1]], None, [-1, 2**63]])
+def test_what_no_type_holds_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(UserError, match=r"file\.gguf: key: "):
+        write_gguf(tmp_path / "file.gguf", "arch", {"key": value}, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_is_found_wrong_does_not_get_its_name(tmp_path: Path) -> None:
+    seen = []
+
+    def whole(path: Path) -> None:
+        seen.append(GGUFFile(path).metadata["key"])
+        raise RuntimeError("wrong")
+
+    with pytest.raises(RuntimeError, match="wrong"):
+        write_gguf(tmp_path / "file.gguf", "arch", {"key": 7}, {}, whole=whole)
+    assert seen == [7]
+    assert os.listdir(tmp_path) == []

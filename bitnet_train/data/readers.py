@@ -43,6 +43,7 @@ class Place(NamedTuple):
 
 
 START = Place()
+_ARROW_ERRORS = (KeyError, NotImplementedError, MemoryError)  # what pyarrow raises beside OSError and ValueError
 # Each row with the place behind it; numbers count lines or rows from 1. What is wrong with a row stands in its place.
 Placed = Iterator[tuple[Place, Fields | UserError]]
 
@@ -71,7 +72,7 @@ def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -
             yield from read(stream, start)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # pyarrow's are OSError and ValueError
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, *_ARROW_ERRORS) as error:
         raise UserError(f"{file}: cannot be read, it may be damaged ({error})") from None
 
 

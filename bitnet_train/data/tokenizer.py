@@ -26,11 +26,11 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from bitnet_train.data.pieces import PieceEncoder, state_of
 from bitnet_train.data.template import bitnet_template, closing_token, renewed
-from bitnet_train.data.tokenizer_folder import read_config, read_stop_ids, token_of
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
+from bitnet_train.formats.tokenizer_folder import read_config, read_stop_ids, templates_of, token_of
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 
@@ -120,8 +120,7 @@ class Tokenizer:
         """The config's, BitNet's where it has none. A template that is BitNet's but for BOS becomes BitNet's."""
         given = self._config.get("chat_template")
         if isinstance(given, list):
-            named = {item.get("name"): item.get("template") for item in given if isinstance(item, Mapping)}
-            templates = {str(name): text for name, text in named.items() if isinstance(text, str)}
+            templates = templates_of(self._config)
             if "default" not in templates:
                 raise UserError(
                     f"tokenizer_config.json: chat_template must have one named default, got {', '.join(templates)}; "
@@ -274,7 +273,7 @@ class Tokenizer:
     @property
     def special_token_ids(self) -> list[int]:
         """The ids of `special_tokens`."""
-        return [self._special_ids[name] for name in self.special_tokens]
+        return [self._id_of(name) for name in self.special_tokens]
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

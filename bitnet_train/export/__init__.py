@@ -7,10 +7,11 @@
                                                                             of the forward pass and never the masters
               --cast-------------------->  W    -->  master folder          to train on
 
-    source      opens and checks the model      targets     where it can go, and why not elsewhere
-    folders     writes model folders            gguf        writes GGUF files
-    readback    compares what was written       runtimes    compares what others compute with it
-    card, hub   README.md, upload               exporter    checks, writes, compares; cli is the command
+    source      opens and checks the model      targets        where it can go, and why not elsewhere
+    folders     writes model folders            gguf           writes GGUF files
+    readback    compares what was written       runtimes       compares what others compute with it
+    awkward     texts and conversations         tokenization   compares the ids that others make of them
+    card, hub   README.md, upload               exporter       checks, writes, compares; cli is the command
 
 A format receives codes and scale and never derives them again: the absmean of q g is not g, it is smaller by the share
 of codes that are not zero. Packed folders and GGUF files are sources too, their codes and scales taken as they are.
@@ -19,6 +20,6 @@ Embedding, head and norms are cast. Everything is read, made and written a part 
 
 from bitnet_train.export.cli import main
 from bitnet_train.export.exporter import ExportResult, export
-from bitnet_train.export.readback import Verification, verify
+from bitnet_train.export.readback import NotVerifiedError, Verification, verify
 
-__all__ = ["ExportResult", "Verification", "export", "main", "verify"]
+__all__ = ["ExportResult", "NotVerifiedError", "Verification", "export", "main", "verify"]

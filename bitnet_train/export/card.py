@@ -67,7 +67,7 @@ _BITNET = """bitnet.cpp runs the file as it is:
 
 _LLAMA = """    llama-cli -m {name} -p "Once upon a time"          # {readers}"""
 
-_MARKUP = re.compile(r"[\\`*\[\]|#]|(?<![\w])_|_(?![\w])")
+_MARKUP = re.compile(r"[\\`*~\[\]|#]|(?<![\w])_|_(?![\w])")
 T = TypeVar("T")
 
 _CONFIG_KEYS = {
@@ -139,7 +139,7 @@ def _history(source: Source) -> str:
         body = text_without_paths(split_card(source.path)[1].strip())
         return f"\n## Card of the source\n\n{body}\n" if body else ""
     path = run_dir / ".hydra" / "config.yaml"
-    config = _public(read_yaml(path, path.read_text(encoding="utf-8")))
+    config = _public(read_yaml(path, path.read_text(encoding="utf-8", errors="replace")))
     made = {label: _at(config, key) for label, key in _CONFIG_KEYS.items()}
     made = {label: value for label, value in made.items() if value is not None} | _last_metrics(run_dir)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6).strip()
@@ -152,9 +152,21 @@ def _last_metrics(run_dir: Path) -> dict[str, object]:
     """The last value of every metric of the run, but for those of speed."""
     last: dict[str, float] = {}
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        last |= json.loads(line)
-    return {name: f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for name, value in last.items()}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        last |= _event(line)
+    return {
+        _escaped(name): f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for name, value in last.items()
+    }
+
+
+def _event(line: str) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl; none of one that was torn when the run was killed."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    numbers = event.items() if isinstance(event, dict) else ()
+    return {name: value for name, value in numbers if type(value) in (int, float)}
 
 
 def _at(config: Mapping[str, Any], key: str) -> object:
@@ -170,7 +182,7 @@ def _public(value: T) -> T:
     if isinstance(value, str):
         return _public_text(value)  # type: ignore[return-value]
     if isinstance(value, Mapping):
-        return {key: _public(entry) for key, entry in value.items()}  # type: ignore[return-value]
+        return {_public(key): _public(entry) for key, entry in value.items()}  # type: ignore[return-value]
     if isinstance(value, list):
         return [_public(entry) for entry in value]  # type: ignore[return-value]
     return value
@@ -189,9 +201,10 @@ def _table(rows: Mapping[str, object]) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def _escaped(text: str) -> str:
     """The text in one line, and as Markdown shows it: no markup, no HTML, no cell of a table."""
-    return _MARKUP.sub(lambda match: f"\\{match[0]}", _in_one_line(text)).replace("<", "&lt;")
+    text = _MARKUP.sub(lambda match: f"\\{match[0]}", _in_one_line(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;")

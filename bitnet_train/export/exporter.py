@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +15,12 @@ from bitnet_train.export.readback import NotVerifiedError, Readback, Verificatio
 from bitnet_train.export.runtimes import Report
 from bitnet_train.export.source import Source, open_source
 from bitnet_train.export.targets import Target, check
+from bitnet_train.formats.gguf_file import is_gguf
+from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG
 from bitnet_train.formats.parts import nothing
 from bitnet_train.formats.safetensors_file import MAX_SHARD_BYTES
+from bitnet_train.formats.tokenizer_files import CHAT_TEMPLATE, MORE_TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
 
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_ ()-]{0,99}")  # of SPDX and of the hub, such as llama3.1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -90,63 +92,67 @@ def export(
         OSError: the disk is full, or another fault of writing. Nothing is left behind.
     """
     model = open_source(source, quantize=quantize, tokenizer=tokenizer)
-    model = replace(model, name=name or model.name, licence=licence or model.licence)
+    model = replace(model, name=_printable(name or model.name), licence=licence or model.licence)
+    if not model.name:
+        raise UserError(f"--name must hold a letter, got {name!r}; leave it out")
     variants = {"gguf": type, "safetensors": linear_class, "master": ""}
     goal = Target(format, variants[format])
     _check_licence(model)
     check(model, goal)
     _check_path(model, target, format, force)
+    model_card(model, goal, target.name, 0)  # what it is made of is read before anything is written
     with readback(model) as reading:
-        looked = _Looked(target)
-        whole = partial(_look, looked, reading if verify else None, partial(examine, model) if examine else None)
+        look = _Look(model, target, reading if verify else None, examine)
         trained, written = (reading.source, reading.written) if verify else (model, nothing)
         if format == "gguf":
-            write_gguf_model(trained, target, type, written, whole)
+            write_gguf_model(trained, target, type, written, look.at)
         else:
-            write_folder(trained, target, goal, _folder_dtype(model, format, dtype), max_shard_bytes, written, whole)
+            write_folder(trained, target, goal, _folder_dtype(model, format, dtype), max_shard_bytes, written, look.at)
     size = size_of(target)
     return ExportResult(
         target,
         size,
         _notes(model, goal, dtype, reading.zeros),
-        looked.verification,
+        look.verification,
         model_card(model, goal, target.name, size),
         _accounts(model, goal),
-        looked.reports,
+        look.reports,
     )
 
 
 @dataclass
-class _Looked:
-    """What was found of an export before it got its name."""
+class _Look:
+    """Looks at an export under its temporary name, and keeps what was found."""
 
+    model: Source
     target: Path
+    reading: Readback | None
+    examine: Examine | None
     verification: Verification | None = None
-    reports: tuple[Report, ...] = field(default_factory=tuple)
+    reports: tuple[Report, ...] = ()
 
-
-def _look(
-    looked: _Looked, reading: Readback | None, examine: Callable[[Path], Iterable[Report]] | None, path: Path
-) -> None:
-    """Looks at an export under its temporary name.
-
-    Raises:
-        NotVerifiedError: it is not what was trained.
-    """
-    if reading is not None:
-        looked.verification = reading.result()
-        if looked.verification.mismatches:
-            raise NotVerifiedError(f"{looked.target}: {looked.verification}; it was not kept")
-    looked.reports = () if examine is None else tuple(examine(path))
-    differing = [line.text for report in looked.reports for line in report.lines() if not line.agrees]
-    if differing:
-        raise NotVerifiedError("; ".join(differing) + f"; {looked.target} was not kept")
+    def at(self, path: Path) -> None:
+        """Raises NotVerifiedError where the export is not what was trained."""
+        if self.reading is not None:
+            self.verification = self.reading.result()
+            if self.verification.mismatches:
+                raise NotVerifiedError(f"{self.target}: {self.verification}; it was not kept")
+        if self.examine is not None:
+            self.reports = tuple(self.examine(self.model, path))
+        differing = [line.text for report in self.reports for line in report.lines() if not line.agrees]
+        if differing:
+            raise NotVerifiedError("; ".join(differing) + f"; {self.target} was not kept")
 
 
 def size_of(path: Path) -> int:
     """The bytes of a file, or of the files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _printable(name: str) -> str:
+    """The name in one line, without control characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in name).split())
 
 
 def _check_licence(model: Source) -> None:
@@ -165,17 +171,10 @@ def _check_path(model: Source, target: Path, format: str, force: bool) -> None:
         return
     if not force:
         raise UserError(f"{target}: must not exist yet; give another name, or --force to replace it")
-    if not (_is_gguf(target) if format == "gguf" else (target / CONFIG).is_file()):
+    if not (is_gguf(target) if format == "gguf" else (target / CONFIG).is_file()):
         raise UserError(
             f"{target}: --force replaces only a model of the same format, and this is none; give another name"
         )
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _folder_dtype(model: Source, format: str, dtype: str | None) -> torch.dtype:
@@ -185,7 +184,9 @@ def _folder_dtype(model: Source, format: str, dtype: str | None) -> torch.dtype:
 
 
 def _stored_dtype(model: Source) -> torch.dtype:
-    return model.weights.dtype("model.embed_tokens.weight")
+    """The dtype that holds every tensor: masters may be float32 beside an embedding of bfloat16."""
+    dtypes = {model.weights.dtype(name) for name in model.shapes}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _notes(model: Source, target: Target, dtype: str | None, zeros: Sequence[str]) -> tuple[str, ...]:
@@ -207,9 +208,21 @@ def _notes(model: Source, target: Target, dtype: str | None, zeros: Sequence[str
         notes.append(f"there is no tokenizer.json; {', '.join(unread)} was copied unread")
     if not files and not model.tokenizer.generation_ids() and target.format != "gguf":
         notes.append("the model has no tokenizer; --tokenizer DIR adds one")
-    if left := _files_left_out(model, target):
+    if model.tokenizer.generation_ids() and target.format != "gguf":
+        try:
+            _ = model.trained_tokenizer
+        except UserError as error:
+            notes.append(f"the tokenizer was copied as it is: {error}")
+    if left := [*_files_left_out(model, target), *_templates_left_out(model, target)]:
         notes.append(f"left out: {', '.join(left)}")
     return tuple(notes)
+
+
+def _templates_left_out(model: Source, target: Target) -> list[str]:
+    """GGUF has one chat template."""
+    if target.format != "gguf" or isinstance(model.tokenizer, GGUFTokenizer):
+        return []
+    return [f"chat template {name}" for name in model.trained_tokenizer.chat_templates if name != "default"]
 
 
 def _files_left_out(model: Source, target: Target) -> list[str]:
@@ -220,7 +233,7 @@ def _files_left_out(model: Source, target: Target) -> list[str]:
     if target.format != "gguf":
         used |= {name.split("/")[0] for name in model.tokenizer.files()}
     else:
-        used |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}
+        used |= {TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, MORE_TEMPLATES, "special_tokens_map.json"}
     weights = (".safetensors", ".safetensors.index.json")
     names = sorted(entry.name for entry in model.path.iterdir() if not entry.name.startswith("."))
     return [name for name in names if name not in used and not name.endswith(weights)]
@@ -231,7 +244,19 @@ def _accounts(model: Source, target: Target) -> tuple[str, ...]:
     count = len(model.shapes_found) - len(model.tensors_left_out)
     left = [f"{name} ({reason})" for name, reason in model.tensors_left_out.items()]
     tensors = f"tensors: {count} of {len(model.shapes_found)} used" + (f"; left out: {', '.join(left)}" if left else "")
-    return tensors, *_fields(model, target)
+    return tensors, *_fields(model, target), *_keys(model, target)
+
+
+def _keys(model: Source, target: Target) -> list[str]:
+    """Those of a GGUF file beside the ones that config.json came of."""
+    if not isinstance(model.tokenizer, GGUFTokenizer):
+        return []
+    metadata = model.tokenizer.metadata
+    known = {f"general.{key}" for key in _GENERAL}
+    unused = [key for key in metadata if key.startswith("general.") and key not in known]
+    unused += model.tokenizer.unread_keys() if target.format != "gguf" else []
+    told = f"; left out: {', '.join(unused)}" if unused else ""
+    return [f"keys: {len(metadata) - len(unused)} of {len(metadata)} used{told}"]
 
 
 def _fields(model: Source, target: Target) -> list[str]:
@@ -240,12 +265,16 @@ def _fields(model: Source, target: Target) -> list[str]:
     files = {CONFIG: model.config_json, GENERATION_CONFIG: model.generation_config}
     for name, content in files.items():
         unused = sorted(key for key in content if not _is_used(key, name, model, target))
+        unused += [f"quantization_config.{key}" for key in content.get("quantization_config", {}) if key not in _HOW]
         told = f"; left out: {', '.join(unused)}" if unused else ""
-        lines.append(f"{name}: {len(content) - len(unused)} of {len(content)} fields used{told}")
+        used = sum(_is_used(key, name, model, target) for key in content)
+        lines.append(f"{name}: {used} of {len(content)} fields used{told}")
     return lines
 
 
 _DESCRIBING = ("architectures", "model_type", "quantization_config", "torch_dtype", "dtype", "transformers_version")
+_HOW = ("quant_method", "linear_class", "quantization_mode", "modules_to_not_convert", "use_rms_norm")
+_GENERAL = ("architecture", "name", "license", "file_type", "quantization_version", "alignment")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _TRAINING = ("initializer_range", "attention_dropout")  # of the configuration, and nothing that a runtime computes
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

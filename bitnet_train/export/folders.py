@@ -84,9 +84,18 @@ def _packed(source: Source, linear_class: str, dtype: torch.dtype) -> list[LazyT
     ]
 
 
+def check_range(part: Tensor) -> None:
+    """Raises ValueError where a value, finite before, became infinite in this dtype."""
+    if not torch.isfinite(torch.stack(part.aminmax())).all():
+        raise ValueError(f"every value must be within the range of {part.dtype}, got more; use --dtype float32")
+
+
 def _cast(source: Source, name: str, dtype: torch.dtype) -> LazyTensors:
     def cast(read: Callable[[], Tensor]) -> dict[str, Tensor]:
-        return {name: read().to(dtype)}
+        part = read().to(dtype)
+        with located(source.path, name):
+            check_range(part)
+        return {name: part}
 
     info = TensorInfo(dtype, source.shapes[name])
     return LazyTensors({name: info}, [partial(cast, read) for read in source.weights.parts(name)])

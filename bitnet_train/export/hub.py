@@ -1,5 +1,6 @@
 """Upload to the Hugging Face hub, dry by default: what is public by mistake cannot be taken back."""
 
+import re
 from pathlib import Path
 
 from bitnet_train.errors import UserError
@@ -7,7 +8,7 @@ from bitnet_train.errors import UserError
 
 def check_repository(repository: str) -> None:
     """Refuses a name that is not user/name."""
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
         raise UserError(f"--push-to-hub must be user/name, got {repository!r}")
 
 

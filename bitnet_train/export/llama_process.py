@@ -27,6 +27,10 @@ class RuntimeFailure(RuntimeError):
     """The process ended with an error; the message is the end of its output."""
 
 
+class NotForThis(RuntimeFailure):
+    """The runtime is not meant for a model of this shape: another program runs it."""
+
+
 class Text(NamedTuple):
     """A text to tokenise.
 

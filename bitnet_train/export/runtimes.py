@@ -27,9 +27,9 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export import llama_process
 from bitnet_train.export.source import Source, open_source
-from bitnet_train.export.targets import IQ2_BN_ROW
+from bitnet_train.export.targets import IQ2_BN_ROW, Target, readers
 from bitnet_train.export.tokenization import TokenizerCheck, check_folder, check_gguf
-from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, gguf_name
+from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_blocks import GGMLType
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.model.pretrained import load_weights
@@ -57,12 +57,16 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one runtime: its logits and its tokenizer beside ours, or why it was not run or not asked."""
+    """The result of one runtime: its logits and its tokenizer beside ours, or why it was not run or not asked.
+
+    `failed`: it cannot load or run the export.
+    """
 
     runtime: str
     agreement: Agreement | None
     reason: str = ""
     tokenizer: TokenizerCheck | None = None
+    failed: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -75,7 +79,7 @@ class Report:
 
     def _logits(self) -> Line:
         if self.agreement is None:
-            return Line(f"{self.runtime} not run: {self.reason}")
+            return Line(f"{self.runtime} {'failed' if self.failed else 'not run'}: {self.reason}", not self.failed)
         kl, top1, theirs, ours, _ = self.agreement
         figures = f"KL {kl:.2g} nats, top-1 {100 * top1:.1f} %, {theirs:.4f} bits per byte, ours {ours:.4f}"
         return Line(f"{self.runtime}: {figures}", kl < MAX_KL)
@@ -83,7 +87,7 @@ class Report:
     def _ids(self) -> list[Line]:
         if self.tokenizer is None:
             told = f"{self.runtime}: prompts and texts not compared: {self.reason}"
-            return [Line(told)] if self.agreement and self.reason else []
+            return [Line(told, not self.failed)] if self.agreement and self.reason else []
         parts = zip(self.tokenizer.lines(), self.tokenizer.agreements(), strict=True)
         return [Line(f"{self.runtime}: {text}", agrees) for text, agrees in parts]
 
@@ -104,26 +108,28 @@ def compare(source: Source | Path, written: Path, text: Path | None = None) -> I
         written: the folder or GGUF file.
         text: what to run; pages of Python's help if absent.
     """
-    candidates = _runtimes(written)
+    model = open_source(source) if isinstance(source, Path) else source
+    candidates = _runtimes(model, written)
     installed = [runtime for runtime in candidates if llama_process.installed(runtime.package)]
     if not installed:
         yield Report(candidates[0].name, None, f"{candidates[0].package} is not installed")
         return
-    model = open_source(source) if isinstance(source, Path) else source
     sample = None
     for runtime in installed:
-        tokenizer, reason = None, ""
+        tokenizer, reason, failed = None, "", False
         try:
             tokenizer = runtime.tokenizer(model.trained_tokenizer, written)
         except (llama_process.RuntimeFailure, UserError) as error:
-            reason = _in_one_line(error)
+            reason, failed = _in_one_line(error), isinstance(error, llama_process.RuntimeFailure)
         try:
             sample = sample or take_sample(model, text)
             logits = runtime.logits(written, sample.ids)
-        except (llama_process.RuntimeFailure, UserError) as error:
-            yield Report(runtime.name, None, _in_one_line(error), tokenizer)
+        except (llama_process.NotForThis, UserError) as error:
+            yield Report(runtime.name, None, _in_one_line(error), tokenizer, failed)
+        except llama_process.RuntimeFailure as error:
+            yield Report(runtime.name, None, _in_one_line(error), tokenizer, failed=True)
         else:
-            yield Report(runtime.name, agreement(sample, logits), reason, tokenizer)
+            yield Report(runtime.name, agreement(sample, logits), reason, tokenizer, failed)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -178,8 +184,8 @@ class _Runtime(NamedTuple):
         return check_folder(tokenizer, written) if written.is_dir() else check_gguf(tokenizer, written, self.package)
 
 
-def _runtimes(written: Path) -> list[_Runtime]:
-    """Those that run an export as it was trained, the usual one first."""
+def _runtimes(model: Source, written: Path) -> list[_Runtime]:
+    """Those that run an export as it was trained (`targets.READERS`), the usual one first."""
     if written.is_dir():
         return [_Runtime("transformers", "transformers", transformers_logits)]
     file = GGUFFile(written)
@@ -189,18 +195,21 @@ def _runtimes(written: Path) -> list[_Runtime]:
         return [llama]
     if kind == GGMLType.I2_S:
         return [_Runtime("ik_llama.cpp (IQ2_BN)", llama_process.IK_LLAMA, iq2_bn_logits)]
+    able = readers(model, Target("gguf", kind.name.lower()))
     ik_llama = _Runtime("ik_llama.cpp", llama_process.IK_LLAMA, ik_llama_logits)
-    silu = file.metadata.get("general.architecture") == ARCHITECTURES["silu"]
-    return [ik_llama, llama] if silu else [ik_llama]
+    return [runtime for runtime in (ik_llama, llama) if runtime.name in able]
 
 
 def transformers_logits(folder: Path, ids: list[int]) -> Tensor:
     """Logits float32 `(tokens, vocab)` of transformers, computed in the folder's dtype, and nothing compiled."""
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
-    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        logits: Tensor = model(torch.tensor([ids])).logits[0].float()
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            logits: Tensor = model(torch.tensor([ids])).logits[0].float()
+    except Exception as error:  # anything, of several libraries
+        raise llama_process.RuntimeFailure(f"{type(error).__name__}: {error}") from error
     return logits
 
 
@@ -213,7 +222,7 @@ def iq2_bn_logits(file: Path, ids: list[int]) -> Tensor:
     """Logits of ik_llama.cpp for an I2_S file, by way of IQ2_BN."""
     shortest = min(info.shape[-1] for info in GGUFFile(file).tensors.values() if info.kind == GGMLType.I2_S)
     if shortest < IQ2_BN_ROW:
-        raise llama_process.RuntimeFailure(f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}")
+        raise llama_process.NotForThis(f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}")
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         quantized = Path(folder) / "iq2_bn.gguf"
         llama_process.ik_llama_quantize(file, quantized)

@@ -20,7 +20,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.export.checkpoint import STATE, CheckpointWeights
 from bitnet_train.export.tokenization import prove_keys
 from bitnet_train.formats.gguf_bitnet import gguf_name
-from bitnet_train.formats.gguf_file import GGUFFile
+from bitnet_train.formats.gguf_file import GGUFFile, is_gguf
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 from bitnet_train.formats.hf_folder import (
     CONFIG,
@@ -88,6 +88,7 @@ class Source:
         run_dir: the directory of the run that made it, where that is known.
         licence: its SPDX identifier, where that is known.
         tensors_left_out: stored tensors that are not needed, and why.
+        own_tokenizer: the tokenizer is the one that was stored with it.
     """
 
     path: Path
@@ -101,6 +102,7 @@ class Source:
     run_dir: Path | None = None
     licence: str | None = None
     tensors_left_out: Mapping[str, str] = field(default_factory=dict)
+    own_tokenizer: bool = True
 
     @cached_property
     def _skeleton(self) -> BitNetForCausalLM:
@@ -116,11 +118,28 @@ class Source:
         """The weights that are ternary, one of each BitLinear, as an ordered set."""
         return ternary_names(self._skeleton)
 
-    @property
+    @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, with every stop id."""
+        """generation_config.json, with every id at which our generation ends."""
+        config = self._generation_config
+        if self.tokenizer.eos_id is None:
+            return config
+        try:
+            more = self.trained_tokenizer.stop_token_ids
+        except UserError:  # there is none, or `check_tokenizer` tells of it
+            return config
+        given = config.get("eos_token_id")
+        stops = given if isinstance(given, list) else [given]
+        return config | {"eos_token_id": list(dict.fromkeys(id_ for id_ in (*stops, *more) if id_ is not None))}
+
+    @cached_property
+    def _generation_config(self) -> dict[str, Any]:
+        """As it is stored, with the ids of the tokenizer."""
         path = self.path / GENERATION_CONFIG
-        return without_paths(read_json(path) if path.is_file() else {}) | self.tokenizer.generation_ids()
+        stored = without_paths(read_json(path) if path.is_file() else {})
+        if not self.own_tokenizer:
+            stored = {key: value for key, value in stored.items() if not key.endswith("_token_id")}
+        return stored | self.tokenizer.generation_ids()
 
     @cached_property
     def trained_tokenizer(self) -> Tokenizer:
@@ -131,7 +150,7 @@ class Source:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.write(Path(folder))
-            write_json(Path(folder) / GENERATION_CONFIG, self.generation_config)
+            write_json(Path(folder) / GENERATION_CONFIG, self._generation_config)
             try:
                 return Tokenizer.from_folder(folder)
             except UserError as error:
@@ -147,6 +166,7 @@ class Source:
         """
         keys = self.tokenizer.gguf_metadata()
         if isinstance(self.tokenizer, TokenizerFiles):  # those of a GGUF file are copied
+            keys |= self.tokenizer.gguf_stops(self.trained_tokenizer.stop_token_ids)
             prove_keys(self.trained_tokenizer, GGUFTokenizer(self.path, keys), self.tokenizer.path)
         return keys
 
@@ -189,6 +209,11 @@ def open_source(path: Path, *, quantize: bool = False, tokenizer: Path | None = 
         UserError: there is no BitNet model, or its parts do not fit together.
     """
     if path.is_file():
+        if not is_gguf(path):
+            raise UserError(
+                f"{path}: must be a finished run's directory, a model folder, a checkpoint or a GGUF file: "
+                f"{what_it_is(path)}"
+            )
         source = _gguf(path)
     elif (path / STATE).is_file():
         source = _checkpoint(path)
@@ -250,7 +275,7 @@ def _gguf(path: Path) -> Source:
     config = _config(path, config_json)
     names = {gguf_name(name): name for name in tensor_shapes(skeleton(config))}
     shapes = {names.get(stored, stored): info.shape for stored, info in file.tensors.items()}
-    tokenizer = GGUFTokenizer(path, file.metadata)
+    tokenizer = GGUFTokenizer(path, file.metadata, renewed)
     name = str(file.metadata.get("general.name", path.stem))
     found = file.metadata.get("general.license")
     licence = found if isinstance(found, str) else None
@@ -273,7 +298,8 @@ def _with_tokenizer(source: Source, folder: Path) -> Source:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {folder}: must be a folder with tokenizer.json, has none")
     config_json = {key: value for key, value in source.config_json.items() if not key.endswith("_token_id")}
-    return replace(source, config_json=config_json, tokenizer=TokenizerFiles(folder, asdict(source.config), renewed))
+    files = TokenizerFiles(folder, asdict(source.config), renewed)
+    return replace(source, config_json=config_json, tokenizer=files, own_tokenizer=False)
 
 
 def _config(path: Path, config_json: Mapping[str, Any]) -> BitNetConfig:

@@ -134,6 +134,23 @@ def config_json(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     missing = [key for key in _KEYS if f"{architecture}.{key}" not in metadata]
     if missing:
         raise ValueError(f"key {architecture}.{missing[0]} must be there, got {len(metadata)} others")
+    known = {
+        *_KEYS,
+        "rope.dimension_count",
+        "rope.scaling.type",
+        *(f"rope.scaling.{key}" for key in _ROPE_KEYS.values()),
+    }
+    prefix = f"{architecture}."
+    for key in metadata:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in known:
+            raise ValueError(f"key {key} must not be there, as this decoder does not compute it, got {metadata[key]!r}")
+    heads = metadata[f"{architecture}.embedding_length"] // max(1, metadata[f"{architecture}.attention.head_count"])
+    if (turned := metadata.get(f"{architecture}.rope.dimension_count", heads)) != heads:
+        raise ValueError(f"key {architecture}.rope.dimension_count must be {heads}, the width of a head, got {turned}")
+    if f"{architecture}.rope.scaling.type" not in metadata:
+        for key in _ROPE_KEYS.values():
+            if f"{architecture}.rope.scaling.{key}" in metadata:
+                raise ValueError(f"key {architecture}.rope.scaling.type must be there beside {key}, got none")
     values = {field: _shortest(metadata[f"{architecture}.{key}"]) for key, field in _KEYS.items()}
     scaling = {"rope_type": metadata.get(f"{architecture}.rope.scaling.type", "none")}
     for field, key in _ROPE_KEYS.items():

@@ -69,10 +69,16 @@ def pack_float(values: Tensor, kind: GGMLType) -> memoryview:
     """Values of any shape and floating dtype as F32, F16 or BF16, row-major, little endian: bytes, not copied again.
 
     Raises:
-        ValueError: a finite value is beyond the range of the type.
+        ValueError: a finite value is beyond the range of the type, or all become 0.
     """
     stored = values.detach().to(FLOAT_TYPES[kind])
-    if not torch.isfinite(torch.stack(stored.aminmax())).all():
+    low, high = stored.aminmax()
+    if low == high == 0 and values.any():
+        largest = values.abs().max().item()
+        raise ValueError(
+            f"values must not all become 0 in {kind.name}, got magnitudes up to {largest:g}; choose a wider type"
+        )
+    if not torch.isfinite(torch.stack((low, high))).all():
         largest = values.abs().max().item()
         raise ValueError(f"every value must be within the range of {kind.name}, got a magnitude of {largest:g}")
     return stored.reshape(-1).view(torch.uint8).numpy().data

@@ -170,6 +170,14 @@ class TensorInfo:
     offset: int
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file that begins as GGUF does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 class GGUFFile:
     """A GGUF file: `metadata` by key, `tensors` by name; a tensor is read when it is asked for.
 

@@ -9,21 +9,30 @@ The types are read as the runtimes do, which go by some names instead: a prompt 
 there, whatever the file says. Source: src/llama-vocab.cpp of ik_llama.cpp and llama.cpp, `llama_vocab::impl::load`.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import write_json
 from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
-from bitnet_train.formats.tokenizer_files import TokenType
+from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, TokenType, unchanged
 
 _PREFIX = "tokenizer."
+_OTHERWISE = "give --tokenizer a folder with tokenizer.json"
+_READ = (
+    *("tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens"),
+    *("tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.add_bos_token"),
+    *("tokenizer.ggml.add_eos_token", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"),
+    *("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.padding_token_id"),
+)
 _CONTROL_BY_NAME = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>", "</s>", "<|eom_id|>"),
-    *("<|end_of_text|>", "<|return|>", "<|call|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    *(*STOPS_BY_NAME, "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
     *(
         "<|fim_prefix|>",
         "<fim-prefix>",
@@ -61,12 +70,18 @@ _USER_DEFINED_BY_NAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain
 class GGUFTokenizer:
     """The tokenizer among the keys of a GGUF file.
 
+    Attributes:
+        path: the file, for messages.
+        metadata: its keys.
+        renewed: as in `TokenizerFiles`.
+
     Raises (every method):
         UserError: a key is missing, or the tokenizer is none that is written here.
     """
 
     path: Path
     metadata: Mapping[str, Any]
+    renewed: Callable[[str, bool], str] = unchanged
 
     @property
     def bos_id(self) -> int | None:
@@ -83,7 +98,42 @@ class GGUFTokenizer:
         return {}
 
     def check(self) -> None:
-        """Nothing to refuse: the file has as many tokens as its embedding has rows."""
+        """Refuses keys that are missing, of another type, or do not fit each other."""
+        size = next((value for key, value in self.metadata.items() if key.endswith(".vocab_size")), None)
+        tokens, types = self._required("tokens"), self._required("token_type")
+        merges = self._required("merges")
+        for name, values, kind in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
+            if not isinstance(values, list) or not all(type(value) is kind for value in values):
+                raise UserError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}; {_OTHERWISE}")
+        if not len(tokens) == len(types) == size:
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.tokens and token_type must have an entry for each of {size} rows of the "
+                f"embedding, got {len(tokens)} and {len(types)}; {_OTHERWISE}"
+            )
+        if len({*tokens}) < len(tokens):
+            raise UserError(f"{self.path}: tokenizer.ggml.tokens must differ from each other; {_OTHERWISE}")
+        for role in ("bos", "eos", "eot", "eom", "padding"):
+            id_ = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
+            if id_ is not None and (type(id_) is not int or not 0 <= id_ < len(tokens)):
+                raise UserError(
+                    f"{self.path}: tokenizer.ggml.{role}_token_id must be an id below {len(tokens)}, got {id_!r}; "
+                    f"{_OTHERWISE}"
+                )
+        if self.metadata.get("tokenizer.ggml.add_eos_token"):
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.add_eos_token must be false, as no text is trained with EOS before an "
+                f"answer, got true; {_OTHERWISE}"
+            )
+        try:
+            tokenizers.Tokenizer.from_str(json.dumps(self.tokenizer_json))
+        except UserError:
+            raise
+        except Exception as error:  # the only type that tokenizers raises
+            raise UserError(f"{self.path}: tokenizer.ggml.merges: {error}; {_OTHERWISE}") from None
+
+    def unread_keys(self) -> list[str]:
+        """Keys of the tokenizer that the files of Hugging Face have no place for."""
+        return [key for key in self.metadata if key.startswith(_PREFIX) and key not in _READ]
 
     @property
     def begins_with_bos(self) -> bool:
@@ -93,7 +143,7 @@ class GGUFTokenizer:
     @property
     def stop_ids(self) -> list[int]:
         """Every id at which generation stops."""
-        stop = [self.eos_id, self.metadata.get("tokenizer.ggml.eot_token_id")]
+        stop = [self.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
         return list(dict.fromkeys(id_ for id_ in stop if id_ is not None))
 
     def generation_ids(self) -> dict[str, int | list[int]]:
@@ -158,15 +208,23 @@ class GGUFTokenizer:
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json: the names of the special tokens, and the chat template."""
         tokens = self._required("tokens")
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.metadata.get("tokenizer.ggml.padding_token_id")}
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self._padding_id}
+        template = self.metadata.get("tokenizer.chat_template")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **{f"{role}_token": tokens[id_] for role, id_ in ids.items() if id_ is not None},
-            "chat_template": self.metadata.get("tokenizer.chat_template"),
+            "chat_template": self.renewed(template, END_OF_TURN in tokens) if isinstance(template, str) else None,
         }
         said = {key: value for key, value in config.items() if value is not None}
         return said if self.bos_id is not None else said | {"bos_token": None}
+
+    @property
+    def _padding_id(self) -> int | None:
+        """None for a token that stands in texts, too: as a special one it would be cut out of them."""
+        id_ = self.metadata.get("tokenizer.ggml.padding_token_id")
+        special = id_ is not None and self._required("token_type")[id_] == TokenType.CONTROL
+        return id_ if special else None
 
     def _required(self, key: str) -> Any:
         if (value := self.metadata.get(f"tokenizer.ggml.{key}")) is None:

@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: must be JSON: {error}; write it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object, got {type(content).__name__}; write it again")
@@ -60,8 +60,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes a JSON file with an indent of two, as transformers does."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a JSON file with an indent of two, as transformers does; half a surrogate pair stays an escape."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        path.write_text(f"{text}\n", encoding="utf-8")
+    except UnicodeEncodeError:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def quantization_config(linear_class: str, mode: str) -> dict[str, str]:
@@ -89,7 +93,7 @@ def folder_kind(folder: Path) -> Kind:
             "layer, which this decoder lacks"
         )
     mode = quantization.get("quantization_mode", "offline")
-    kind = _KINDS.get((linear_class(quantization), mode))
+    kind = _KINDS.get((linear_class(quantization), str(mode)))
     if kind is None:
         raise UserError(
             f"{path}: quantization_config must be autobitlinear, online or offline, or bitlinear, offline, got "
@@ -131,7 +135,12 @@ class HFFolder:
         if not (self.path / WEIGHTS_INDEX).is_file():
             self._refuse_pickle()
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
-        weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map", {})
+        weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(
+                f"{self.path / WEIGHTS_INDEX}: weight_map must name the file of each tensor, got "
+                f"{str(weight_map)[:80]}; copy the folder again"
+            )
         shards = {file: self._shard(file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in shards[file]:

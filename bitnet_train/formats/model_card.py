@@ -14,7 +14,10 @@ _DASHES = "---\n"
 def split_card(folder: Path) -> tuple[str, str]:
     """Front matter and body of a folder's card; both empty where it has none."""
     path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: must be UTF-8: {error}; mend or remove it") from None
     if not card.startswith(_DASHES):
         return "", card
     front_matter, _, body = card.removeprefix(_DASHES).partition(f"\n{_DASHES}")

@@ -13,9 +13,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _END = r"""[^\s"'`<>|,;:=()\[\]{}\\/]"""  # of a part of a path in a text
-_ROOT = r"(?:file://+|~?/|\b[A-Za-z]:[\\/]|\\\\)"
+_ROOT = r"(?:file://+|(?<!:)//|~?/(?!/)|\b[A-Za-z]:[\\/]|\\\\)"
 # not within a word, a URL (the slash after its colon, or after its host), or a relative path
-_IN_TEXT = re.compile(rf"(?<![\w/.\\:~*<\])-]){_ROOT}(?:{_END}+[\\/])+{_END}*")
+_IN_TEXT = re.compile(rf"(?<![\w/.\\~<\])-]){_ROOT}(?:{_END}+[\\/])+{_END}*")
 _WHOLE = re.compile(rf"{_ROOT}.+", re.DOTALL)
 _KEPT = ("chat_template", "template", "content")  # texts, and tokens such as "/"
 
@@ -30,9 +30,10 @@ def without_path(value: str) -> str:
 def without_paths(value: T, key: str = "") -> T:
     """A JSON value with `without_path` of every string in it, at any depth, but for tokens and templates."""
     if isinstance(value, str) and not key.endswith(("_token", *_KEPT)):
-        return without_path(value)  # type: ignore[return-value]
+        return text_without_paths(without_path(value))  # type: ignore[return-value]
     if isinstance(value, Mapping):
-        return {name: without_paths(entry, str(name)) for name, entry in value.items()}  # type: ignore[return-value]
+        entries = {without_path(name): without_paths(entry, name) for name, entry in value.items()}
+        return entries  # type: ignore[return-value]
     if isinstance(value, list):
         return [without_paths(entry, key) for entry in value]  # type: ignore[return-value]
     return value

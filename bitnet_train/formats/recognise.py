@@ -27,6 +27,7 @@ _MARKS = (  # a file or folder that is there, what that tells, what to do; the m
 )
 _SUFFIXES = (
     ("*.gguf", "a folder of GGUF files", "give one of the files"),
+    ("step-*", "a folder of checkpoints", "give one of them"),
     ("*.onnx", "an ONNX model", "give a folder of safetensors"),
     ("*.safetensors", "weights without config.json", "add the config.json of the model"),
     ("*.jsonl", "a folder of rows", "give a model"),

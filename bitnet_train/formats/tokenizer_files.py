@@ -8,7 +8,7 @@ name, see `pre_tokenizers`; of steps beside it nothing: normalizers, spaces that
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -21,6 +21,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import GENERATION_CONFIG, read_json, write_json
 from bitnet_train.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, cuts_of
 from bitnet_train.formats.private_paths import without_paths
+from bitnet_train.formats.tokenizer_folder import read_config, templates_of, token_of
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -32,6 +33,12 @@ OTHER_FILES = (  # read by transformers where there is no tokenizer.json
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_ROLE_FILES = ("special_tokens_map.json", "added_tokens.json")
+_STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+STOPS_BY_NAME = (  # where runtimes stop, whatever the keys say
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>", "<|eom_id|>"),
+    *("<|end_of_text|>", "<|return|>", "<|call|>", "<end_of_utterance>"),
+)
 _STRIPS = ("lstrip", "rstrip", "single_word")  # of an added token: GGUF has no place for them
 
 
@@ -44,7 +51,8 @@ class TokenType(IntEnum):
     UNUSED = 5
 
 
-def _unchanged(template: str, ends_turns: bool) -> str:
+def unchanged(template: str, ends_turns: bool) -> str:
+    """The template as it is."""
     return template
 
 
@@ -64,7 +72,7 @@ class TokenizerFiles:
 
     folder: Path
     config: Mapping[str, Any]
-    renewed: Callable[[str, bool], str] = _unchanged
+    renewed: Callable[[str, bool], str] = unchanged
 
     @property
     def path(self) -> Path:
@@ -89,9 +97,9 @@ class TokenizerFiles:
         return self._backend.get_added_tokens_decoder()
 
     @cached_property
-    def _tokenizer_config(self) -> dict[str, Any]:
-        path = self.folder / TOKENIZER_CONFIG
-        return read_json(path) if path.is_file() else {}
+    def _roles(self) -> dict[str, Any]:
+        """What tokenizer_config.json and the files beside it say."""
+        return read_config(self.folder)
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -119,31 +127,20 @@ class TokenizerFiles:
         return list(dict.fromkeys([*self._special("eos", END_OF_TEXT), *more, *turn]))
 
     @property
-    def _end_of_turn(self) -> int | None:
-        """The id that ends a turn and no text: LLaMA-3's, or another at which generation stops."""
-        others = [id_ for id_ in self.stop_ids if id_ != self.eos_id]
-        return self.ids.get(END_OF_TURN, next(iter(others), None))
-
-    @property
     def begins_with_bos(self) -> bool:
         """Whether runtimes put BOS in front of a text: a prompt that the chat template makes has it if that writes it.
 
         llama.cpp takes BOS away from such a prompt before it adds its own.
         """
-        if self.bos_id is None or self._tokenizer_config.get("add_bos_token") is False:
+        if self.bos_id is None or self._roles.get("add_bos_token") is False:
             return False
         return self.chat_template is None or "bos_token" in _COMMENT.sub("", self.chat_template)
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The template, renewed: chat_template.jinja, or the default one in tokenizer_config.json."""
-        path = self.folder / CHAT_TEMPLATE
-        if path.is_file():
-            return self._renewed(path.read_text(encoding="utf-8"))
-        template = self._tokenizer_config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return self._renewed(template) if isinstance(template, str) else None
+        """The template, renewed: the one for rows without tools where there are several."""
+        template = templates_of(self._roles).get("default")
+        return None if template is None else self._renewed(template)
 
     def _renewed(self, template: str) -> str:
         return self.renewed(template, END_OF_TURN in self.ids)
@@ -170,20 +167,20 @@ class TokenizerFiles:
             target.parent.mkdir(exist_ok=True)
             if name == CHAT_TEMPLATE and self.chat_template is not None:
                 target.write_text(self.chat_template, encoding="utf-8")
-            elif name == TOKENIZER_CONFIG:
-                self._write_config(target)
+            elif name in (TOKENIZER_CONFIG, *_ROLE_FILES):
+                self._write_public(source, target)
             else:
                 shutil.copyfile(source, target)
 
-    def _write_config(self, target: Path) -> None:
-        config = without_paths(self._tokenizer_config)
-        template = config.get("chat_template")
-        if isinstance(template, str):
-            config |= {"chat_template": self._renewed(template)}
-        if config == self._tokenizer_config:
-            shutil.copyfile(self.folder / TOKENIZER_CONFIG, target)
+    def _write_public(self, source: Path, target: Path) -> None:
+        stored = read_json(source)
+        public = without_paths(stored)
+        if isinstance(template := public.get("chat_template"), str):
+            public["chat_template"] = self._renewed(template)
+        if public == stored:
+            shutil.copyfile(source, target)
         else:
-            write_json(target, config)
+            write_json(target, public)
 
     def generation_ids(self) -> dict[str, int | list[int]]:
         """The ids of generation_config.json: bos_token_id, and eos_token_id with every stop id."""
@@ -196,6 +193,8 @@ class TokenizerFiles:
 
     @cached_property
     def _gguf_metadata(self) -> dict[str, object]:
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: must be there for GGUF, found none; give --tokenizer a folder that has it")
         for reason in self._unsayable():
             raise UserError(f"{self.path}: {reason}; use --format safetensors")
         pre, (tokens, types) = self._pre_tokenizer(), self._tokens()
@@ -207,13 +206,29 @@ class TokenizerFiles:
             "tokenizer.ggml.merges": self._merges(),
             "tokenizer.ggml.bos_token_id": self.bos_id,
             "tokenizer.ggml.eos_token_id": self.eos_id,
-            "tokenizer.ggml.eot_token_id": self._end_of_turn,
             "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
             "tokenizer.ggml.add_bos_token": self.begins_with_bos,
             "tokenizer.ggml.add_eos_token": False,
             "tokenizer.chat_template": self.chat_template and _without_generation(self.chat_template),
         }
-        return {key: value for key, value in metadata.items() if value is not None}
+        return {key: value for key, value in metadata.items() if value is not None} | self.gguf_stops(self.stop_ids)
+
+    def gguf_stops(self, stop_ids: Sequence[int]) -> dict[str, object]:
+        """The keys of the ids that end a generation beside EOS: the end of a turn, and of a message within one.
+
+        Raises:
+            UserError: there are more, and runtimes do not stop at them by their names.
+        """
+        turn = self.ids.get(END_OF_TURN)
+        others = sorted((id_ for id_ in stop_ids if id_ != self.eos_id), key=lambda id_: id_ != turn)
+        names = {id_: name for name, id_ in self.ids.items()}
+        unsaid = [id_ for id_ in others[len(_STOP_KEYS) :] if names.get(id_) not in STOPS_BY_NAME]
+        if unsaid:
+            raise UserError(
+                f"{self.folder}: at most {1 + len(_STOP_KEYS)} ids may end a generation for GGUF, which has keys for "
+                f"no more, got {len(others) + 1}, {unsaid[0]} among them; use --format safetensors"
+            )
+        return dict(zip(_STOP_KEYS, others, strict=False))
 
     @property
     def _pad_id(self) -> int | None:
@@ -228,14 +243,15 @@ class TokenizerFiles:
 
     def _named(self, role: str, usual: str | None) -> list[int]:
         """The id of the token that tokenizer_config.json names for a role, or of the usual one; none for no token."""
-        token = self._tokenizer_config.get(f"{role}_token", usual)
-        name = token["content"] if isinstance(token, dict) else token
+        name = token_of(self._roles.get(f"{role}_token", usual))
         return [self.ids[name]] if name in self.ids else []
 
-    def _checked(self, id_: int, role: str) -> int:
+    def _checked(self, id_: object, role: str) -> int:
         size = self.config["vocab_size"]
-        if not 0 <= id_ < size:
-            raise UserError(f"{self.folder}/config.json: {role}_token_id must be below vocab_size ({size}), got {id_}")
+        if type(id_) is not int or not 0 <= id_ < size:
+            raise UserError(
+                f"{self.folder}/config.json: {role}_token_id must be an id below vocab_size ({size}), got {id_!r}"
+            )
         return id_
 
     def _unsayable(self) -> Iterator[str]:
@@ -274,6 +290,8 @@ class TokenizerFiles:
         for role, usual in (("bos", BEGIN_OF_TEXT), ("eos", END_OF_TEXT), ("pad", None)):
             for id_ in self._named(role, usual):  # special by its role, as transformers has it
                 types[id_] = int(TokenType.CONTROL)
+        if any("\0" in token for token in tokens):  # runtimes read up to it
+            raise UserError(f"{self.path}: no token may hold a NUL byte for GGUF, got one; use --format safetensors")
         if len({*tokens}) < size or "" in tokens:  # runtimes end with an assertion
             bad = next(token for token, count in Counter(tokens).items() if count > 1 or not token)
             raise UserError(f"{self.path}: every token must be there once and not be empty for GGUF, got {bad!r}")

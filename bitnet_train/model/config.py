@@ -116,14 +116,46 @@ class BitNetConfig:
         """
         if config.get("model_type") != "bitnet":
             raise UserError(f"config.json: model_type must be 'bitnet', got {config.get('model_type')!r}")
+        _check_function(config)
         known = {field.name for field in fields(cls)} - {"quantize", "rope_scaling"}
         values = {name: value for name, value in config.items() if name in known and value is not None}
         # What transformers takes where config.json is silent
         values.setdefault("num_key_value_heads", config.get("num_attention_heads", cls.num_attention_heads))
         values.setdefault("tie_word_embeddings", False)
         values.setdefault("max_position_embeddings", 2048)
-        values |= rope_fields(config, values["max_position_embeddings"])
+        trained = config.get("original_max_position_embeddings") or values["max_position_embeddings"]
+        values |= rope_fields(config, trained)
+        for name, value in values.items():
+            _check_type(name, value)
         return cls(**values, quantize=config.get("quantization_config") is not None)
+
+
+_TYPES = {"hidden_act": str, "tie_word_embeddings": bool, "attention_bias": bool}
+_FLOATS = ("initializer_range", "rms_norm_eps", "rope_theta", "attention_dropout")
+
+
+def _check_type(name: str, value: object) -> None:
+    if name == "rope_scaling":
+        return
+    allowed = (int, float) if name in _FLOATS else (_TYPES.get(name, int),)
+    if type(value) not in allowed:
+        raise UserError(f"config.json: {name} must be of type {allowed[-1].__name__}, got {value!r}; mend the file")
+
+
+def _check_function(config: Mapping[str, Any]) -> None:
+    """Refuses fields by which transformers computes another function."""
+    size, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    width = size // heads if type(size) is int and type(heads) is int and heads > 0 else None
+    wanted = {
+        "head_dim": (None, width),
+        "is_causal": (None, True),
+        "partial_rotary_factor": (None, 1.0),
+    }
+    for name, values in wanted.items():
+        if config.get(name) not in values:
+            raise UserError(f"config.json: {name} must be {values[-1]} in a BitNet, got {config[name]!r}")
+    if {*(config.get("layer_types") or ())} - {"full_attention"}:
+        raise UserError(f"config.json: layer_types must be full_attention in a BitNet, got {config['layer_types']}")
 
 
 def rope_fields(config: Mapping[str, Any], trained: int) -> dict[str, Any]:

@@ -33,11 +33,17 @@ def test_templates_and_tokens_of_a_tokenizer_stay() -> None:
         "pad_token": {"content": "/pad/x", "special": True},
         "chat_template": "/{{ messages }}/x",
         "extra": [{"path": "/srv/a/b"}, 3, None],
+        "told": "made of /srv/a/b",
+        "/srv/a/key": 1,
     }
-    assert without_paths(config) == config | {
+    public = without_paths(config)
+    del config["/srv/a/key"]
+    assert public == config | {
         "name_or_path": "tok",
         "tokenizer_file": "tokenizer.json",
         "extra": [{"path": "b"}, 3, None],
+        "told": "made of b",
+        "key": 1,
     }
 
 
@@ -50,6 +56,9 @@ def test_templates_and_tokens_of_a_tokenizer_stay() -> None:
         (r"at C:\Users\alice\rows.jsonl now", "at rows.jsonl now"),
         ("| data | /tmp/w/x.jsonl |", "| data | x.jsonl |"),
         ("[INST] a [/INST] </s>", None),
+        ("path:/home/me/x, -v /h/a/b:/h/c/d", "path:x, -v b:d"),
+        ("**/home/me/bold** at //srv/share/x", "**bold** at x"),
+        ("http://a.org//b/c s3://bucket/key/x file:///srv/a/b", "http://a.org//b/c s3://bucket/key/x b"),
     ],
 )
 def test_a_text_for_people(text: str, public: str | None) -> None:

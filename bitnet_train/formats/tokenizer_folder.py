@@ -16,25 +16,42 @@ def read_config(folder: Path) -> dict[str, object]:
     """tokenizer_config.json, with what the other files say.
 
     Raises:
-        UserError: a file is no JSON object.
+        UserError: a file is no JSON object, or no UTF-8.
     """
     config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
     config.pop("auto_map", None)  # names code to be run
     templates = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         templates = {"default": folder / "chat_template.jinja", **templates}
-    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+    texts = {name: _read_text(file) for name, file in templates.items()}
     if texts:
         several = [{"name": name, "template": text} for name, text in texts.items()]
         config["chat_template"] = texts["default"] if list(texts) == ["default"] else several
     return config
 
 
+def templates_of(config: Mapping[str, object]) -> dict[str, str]:
+    """The chat templates of a config by name, "default" among them or the only one; empty where it has none."""
+    given = config.get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    entries = [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    return {name: template for name, template in named.items() if isinstance(template, str)}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8: {error}; write it anew or remove it") from None
+
+
 def _read_object(file: Path) -> dict[str, object]:
     """The object in a JSON file, empty where there is no such file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); write it anew or remove it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a JSON object, got {type(content).__name__}")

@@ -35,7 +35,7 @@ from bitnet_train.formats.model_card import licence_of
 from bitnet_train.formats.packing import packed_shape
 from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.recognise import what_it_is
-from bitnet_train.formats.tokenizer_files import TokenizerFiles
+from bitnet_train.formats.tokenizer_files import Roles, TokenizerFiles
 from bitnet_train.model.accounting import check_modules, expendable, left_out
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -67,7 +67,7 @@ class SourceTokenizer(Protocol):
     def generation_ids(self) -> dict[str, int | list[int]]:
         """The special ids of generation_config.json."""
 
-    def gguf_metadata(self) -> dict[str, object]:
+    def gguf_metadata(self, roles: Roles | None = None) -> dict[str, object]:
         """The tokenizer as keys of a GGUF file."""
 
     def write(self, folder: Path) -> None:
@@ -164,10 +164,12 @@ class Source:
         Raises:
             UserError: GGUF cannot say it.
         """
-        keys = self.tokenizer.gguf_metadata()
-        if isinstance(self.tokenizer, TokenizerFiles):  # those of a GGUF file are copied
-            keys |= self.tokenizer.gguf_stops(self.trained_tokenizer.stop_token_ids)
-            prove_keys(self.trained_tokenizer, GGUFTokenizer(self.path, keys), self.tokenizer.path)
+        if not isinstance(self.tokenizer, TokenizerFiles):
+            return self.tokenizer.gguf_metadata()
+        _ = self.tokenizer.gguf_metadata()  # first, for what it refuses
+        trained = self.trained_tokenizer
+        keys = self.tokenizer.gguf_metadata(Roles(trained.bos_token_id, trained.stop_token_ids))
+        prove_keys(trained, GGUFTokenizer(self.path, keys), self.tokenizer.path)
         return keys
 
     def check(self) -> None:

@@ -260,10 +260,11 @@ def prove_keys(tokenizer: Tokenizer, keys: GGUFTokenizer, path: Path) -> None:
         UserError: a text of `awkward` has other ids.
     """
     found = Tokenizer.from_gguf(keys)
-    for role in ("bos_token_id", "eos_token_id"):
-        if (theirs := getattr(found, role)) != (ours := getattr(tokenizer, role)):
+    for role in ("bos_token_id", "eos_token_id", "stop_token_ids"):
+        ours, theirs = getattr(tokenizer, role), getattr(found, role)
+        if ours != theirs and (role != "stop_token_ids" or {*ours} - {*theirs}):
             raise UserError(
-                f"{path}: {role} must be {ours}, the tokenizer's, in config.json, too, got {theirs}; mend config.json"
+                f"{path}: {role} must be {ours}, as trained, got {theirs} of GGUF; use --format safetensors"
             )
     texts = awkward_texts(tokenizer.special_tokens)
     as_tokens = [found.encode_pieces([text])[0] for text in texts]

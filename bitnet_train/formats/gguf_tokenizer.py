@@ -21,7 +21,7 @@ import tokenizers
 from bitnet_train.errors import UserError
 from bitnet_train.formats.hf_folder import write_json
 from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
-from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, TokenType, unchanged
+from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, Roles, TokenType, unchanged
 
 _PREFIX = "tokenizer."
 _OTHERWISE = "give --tokenizer a folder with tokenizer.json"
@@ -155,7 +155,7 @@ class GGUFTokenizer:
         }
         return {name: value for name, value in ids.items() if value is not None}
 
-    def gguf_metadata(self) -> dict[str, object]:
+    def gguf_metadata(self, roles: Roles | None = None) -> dict[str, object]:
         """The `tokenizer.*` keys as they are."""
         return {key: value for key, value in self.metadata.items() if key.startswith(_PREFIX)}
 

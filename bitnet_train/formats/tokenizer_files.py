@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -49,6 +49,13 @@ class TokenType(IntEnum):
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5
+
+
+class Roles(NamedTuple):
+    """The id that begins a text, if there is one, and the ids that end a generation, EOS first."""
+
+    bos: int | None
+    stops: Sequence[int]
 
 
 def unchanged(template: str, ends_turns: bool) -> str:
@@ -187,40 +194,45 @@ class TokenizerFiles:
         ids = {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids or None, "pad_token_id": self._pad_id}
         return {name: value for name, value in ids.items() if value is not None}
 
-    def gguf_metadata(self) -> dict[str, object]:
-        """The `tokenizer.*` keys of a GGUF file, with as many tokens as the model's vocab_size."""
-        return dict(self._gguf_metadata)
+    def gguf_metadata(self, roles: Roles | None = None) -> dict[str, object]:
+        """The `tokenizer.*` keys of a GGUF file, with as many tokens as the model's vocab_size.
+
+        Args:
+            roles: the tokenizer's, by which config.json may be overruled: of several ids that end a text there, a
+                tokenizer has one for EOS. Default: those of the files.
+        """
+        bos, stops = roles or Roles(self.bos_id, self.stop_ids)
+        eos = next(iter(stops), None)
+        keys = self._gguf_metadata | {
+            "tokenizer.ggml.bos_token_id": bos,
+            "tokenizer.ggml.eos_token_id": eos,
+            "tokenizer.ggml.padding_token_id": eos if self._pad_id is None else self._pad_id,
+            "tokenizer.ggml.add_bos_token": bos is not None and self.begins_with_bos,
+            **self._stop_keys(stops[1:]),
+        }
+        return {key: value for key, value in keys.items() if value is not None}
 
     @cached_property
     def _gguf_metadata(self) -> dict[str, object]:
+        """The keys that hold no id."""
         if not self.path.is_file():
             raise UserError(f"{self.path}: must be there for GGUF, found none; give --tokenizer a folder that has it")
         for reason in self._unsayable():
             raise UserError(f"{self.path}: {reason}; use --format safetensors")
         pre, (tokens, types) = self._pre_tokenizer(), self._tokens()
-        metadata: dict[str, object] = {
+        return {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": self._merges(),
-            "tokenizer.ggml.bos_token_id": self.bos_id,
-            "tokenizer.ggml.eos_token_id": self.eos_id,
-            "tokenizer.ggml.padding_token_id": self.eos_id if self._pad_id is None else self._pad_id,
-            "tokenizer.ggml.add_bos_token": self.begins_with_bos,
             "tokenizer.ggml.add_eos_token": False,
             "tokenizer.chat_template": self.chat_template and _without_generation(self.chat_template),
         }
-        return {key: value for key, value in metadata.items() if value is not None} | self.gguf_stops(self.stop_ids)
 
-    def gguf_stops(self, stop_ids: Sequence[int]) -> dict[str, object]:
-        """The keys of the ids that end a generation beside EOS: the end of a turn, and of a message within one.
-
-        Raises:
-            UserError: there are more, and runtimes do not stop at them by their names.
-        """
-        turn = self.ids.get(END_OF_TURN)
-        others = sorted((id_ for id_ in stop_ids if id_ != self.eos_id), key=lambda id_: id_ != turn)
+    def _stop_keys(self, others: Sequence[int]) -> dict[str, object]:
+        """The keys of the ids that end a generation beside EOS: the end of a turn, and of a message within one."""
+        others = sorted(others, key=lambda id_: id_ != self.ids.get(END_OF_TURN))
         names = {id_: name for name, id_ in self.ids.items()}
         unsaid = [id_ for id_ in others[len(_STOP_KEYS) :] if names.get(id_) not in STOPS_BY_NAME]
         if unsaid:

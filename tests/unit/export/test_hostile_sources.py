@@ -252,3 +252,27 @@ def test_another_tokenizer_brings_its_own_ids(tmp_path: Path) -> None:
     export(tmp_path / "model", tmp_path / "out", tokenizer=tmp_path / "other")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"temperature": 0.5, "bos_token_id": 290 + 0, "eos_token_id": [291, 292]}
+
+
+def test_eos_is_the_tokenizers_where_the_configuration_has_several(tmp_path: Path) -> None:
+    """As LLaMA-3.1's instruct models have it: three ids in config.json, the end of a turn in tokenizer_config.json."""
+    write_master(tmp_path / "model")
+    edit_config(tmp_path / "model", eos_token_id=[291, 5, 292], bos_token_id=290)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOT}))
+    export(tmp_path / "model", tmp_path / "m.gguf", format="gguf")
+    metadata = GGUFFile(tmp_path / "m.gguf").metadata
+    assert [metadata[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")] == [292, 291, 5]
+    assert open_source(tmp_path / "m.gguf").trained_tokenizer.stop_token_ids == (292, 291, 5)
+    export(tmp_path / "model", tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "generation_config.json").read_text())["eos_token_id"] == [291, 5, 292]
+
+
+def test_a_tokenizer_without_bos_has_none_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """Qwen2's config.json names one."""
+    write_master(tmp_path / "model")
+    edit_config(tmp_path / "model", bos_token_id=290)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": EOS}))
+    export(tmp_path / "model", tmp_path / "m.gguf", format="gguf")
+    metadata = GGUFFile(tmp_path / "m.gguf").metadata
+    assert "tokenizer.ggml.bos_token_id" not in metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is False

@@ -208,7 +208,7 @@ def _notes(model: Source, target: Target, dtype: str | None, zeros: Sequence[str
         notes.append(f"there is no tokenizer.json; {', '.join(unread)} was copied unread")
     if not files and not model.tokenizer.generation_ids() and target.format != "gguf":
         notes.append("the model has no tokenizer; --tokenizer DIR adds one")
-    if model.tokenizer.generation_ids() and target.format != "gguf":
+    if files and not unread and target.format != "gguf":
         try:
             _ = model.trained_tokenizer
         except UserError as error:

@@ -11,7 +11,8 @@
     folders     writes model folders            gguf           writes GGUF files
     readback    compares what was written       runtimes       compares what others compute with it
     awkward     texts and conversations         tokenization   compares the ids that others make of them
-    card, hub   README.md, upload               exporter       checks, writes, compares; cli is the command
+    card, hub   README.md, upload               accounts       what was used, and what was left out
+    exporter    checks, writes, compares        cli            the command
 
 A format receives codes and scale and never derives them again: the absmean of q g is not g, it is smaller by the share
 of codes that are not zero. Packed folders and GGUF files are sources too, their codes and scales taken as they are.

@@ -126,7 +126,7 @@ class Source:
             return config
         try:
             more = self.trained_tokenizer.stop_token_ids
-        except UserError:  # there is none, or `check_tokenizer` tells of it
+        except UserError:  # there is none, or a note tells why it cannot be read
             return config
         given = config.get("eos_token_id")
         stops = given if isinstance(given, list) else [given]

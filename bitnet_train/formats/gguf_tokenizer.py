@@ -31,38 +31,16 @@ _READ = (
     *("tokenizer.ggml.add_eos_token", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"),
     *("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.padding_token_id"),
 )
-_CONTROL_BY_NAME = (
-    *(*STOPS_BY_NAME, "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
-    *(
-        "<|fim_prefix|>",
-        "<fim-prefix>",
-        "<fim_prefix>",
-        "<\uff5cfim\u2581begin\uff5c>",
-        "<PRE>",
-        "\u2581<PRE>",
-        "<|code_prefix|>",
-    ),
-    *(
-        "<|fim_suffix|>",
-        "<fim-suffix>",
-        "<fim_suffix>",
-        "<\uff5cfim\u2581hole\uff5c>",
-        "<SUF>",
-        "\u2581<SUF>",
-        "<|code_suffix|>",
-    ),
-    *(
-        "<|fim_middle|>",
-        "<fim-middle>",
-        "<fim_middle>",
-        "<\uff5cfim\u2581end\uff5c>",
-        "<MID>",
-        "\u2581<MID>",
-        "<|code_middle|>",
-    ),
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|file_sep|>"),
-    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-)
+_CONTROL_BY_NAME = {
+    *STOPS_BY_NAME,
+    *("</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|file_sep|>", "<|repo_name|>", "<REPO>", "<reponame>"),
+    *(form.format(part) for form in ("<|fim_{}|>", "<fim-{}>") for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(f"<fim_{part}>" for part in ("prefix", "suffix", "middle", "pad")),
+    *(f"<|code_{part}|>" for part in ("prefix", "suffix", "middle")),
+    *(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end")),
+    *(f"{space}<{part}>" for space in ("", "\u2581") for part in ("PRE", "SUF", "MID")),
+    "<PAD>",
+}
 _USER_DEFINED_BY_NAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 

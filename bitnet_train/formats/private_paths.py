@@ -17,7 +17,7 @@ _ROOT = r"(?:file://+|(?<!:)//|~?/(?!/)|\b[A-Za-z]:[\\/]|\\\\)"
 # not within a word, a URL (the slash after its colon, or after its host), or a relative path
 _IN_TEXT = re.compile(rf"(?<![\w/.\\~<\])-]){_ROOT}(?:{_END}+[\\/])+{_END}*")
 _WHOLE = re.compile(rf"{_ROOT}.+", re.DOTALL)
-_KEPT = ("chat_template", "template", "content")  # texts, and tokens such as "/"
+_KEPT = ("_tokens", "chat_template", "template", "content")  # texts, and tokens such as "/"
 
 
 def without_path(value: str) -> str:

@@ -26,14 +26,14 @@ from bitnet_train.formats.tokenizer_folder import read_config, templates_of, tok
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
+_ROLES = "special_tokens_map.json"
 OTHER_FILES = (  # read by transformers where there is no tokenizer.json
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *(_ROLES, "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"),
 )
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-_ROLE_FILES = ("special_tokens_map.json", "added_tokens.json")
 _STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 STOPS_BY_NAME = (  # where runtimes stop, whatever the keys say
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>", "<|eom_id|>"),
@@ -174,7 +174,7 @@ class TokenizerFiles:
             target.parent.mkdir(exist_ok=True)
             if name == CHAT_TEMPLATE and self.chat_template is not None:
                 target.write_text(self.chat_template, encoding="utf-8")
-            elif name in (TOKENIZER_CONFIG, *_ROLE_FILES):
+            elif name in (TOKENIZER_CONFIG, _ROLES):
                 self._write_public(source, target)
             else:
                 shutil.copyfile(source, target)

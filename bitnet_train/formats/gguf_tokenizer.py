@@ -34,7 +34,11 @@ _READ = (
 _CONTROL_BY_NAME = {
     *STOPS_BY_NAME,
     *("</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|file_sep|>", "<|repo_name|>", "<REPO>", "<reponame>"),
-    *(form.format(part) for form in ("<|fim_{}|>", "<fim-{}>") for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(
+        form.format(part)
+        for form in ("<|fim_{}|>", "<fim-{}>")
+        for part in ("prefix", "suffix", "middle", "pad", "repo")
+    ),
     *(f"<fim_{part}>" for part in ("prefix", "suffix", "middle", "pad")),
     *(f"<|code_{part}|>" for part in ("prefix", "suffix", "middle")),
     *(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end")),

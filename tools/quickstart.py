@@ -20,6 +20,7 @@ from bitnet_train.errors import run_command
 from bitnet_train.evaluation.perplexity import Likelihood, evaluate
 from bitnet_train.export import ExportResult, export, verify
 from bitnet_train.generate import Sampling, complete
+from bitnet_train.kernels.processor import HAS_BFLOAT16
 from bitnet_train.model.pretrained import load_for_inference
 
 ROOT = Path("runs/quickstart")
@@ -141,6 +142,9 @@ def _main() -> int:
     )
     parser.add_argument("overrides", nargs="*", help="given to every stage, for example max_steps=4")
     overrides = parser.parse_args().overrides
+    if not HAS_BFLOAT16:
+        print("this processor has no bfloat16 products: trainer.precision=32-true")
+        overrides = ["trainer.precision=32-true", *overrides]
     command("tools/prepare_quickstart.py", "--out", str(ROOT / "data"))
     train(overrides)
     packed = exported(ROOT / "packed", format="safetensors")

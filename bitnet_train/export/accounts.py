@@ -1,4 +1,4 @@
-"""What becomes of all that a source holds: what the user should know, and what is used or left out, line by line."""
+"""The fate of all that a source holds: used or left out, line by line, and notes for the user."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +19,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def notes(model: Source, target: Target, rounds: bool, zeros: Sequence[str]) -> tuple[str, ...]:
-    """What the user should know although nothing is wrong.
+    """Notes for the user although nothing is wrong.
 
     Args:
         model: the source.
@@ -74,7 +74,7 @@ def _files_left_out(model: Source, target: Target) -> list[str]:
 
 
 def accounts(model: Source, target: Target) -> tuple[str, ...]:
-    """What became of every tensor and every field of the source, a line each."""
+    """The fate of every tensor, field and key of the source, a line for each file."""
     count = len(model.shapes_found) - len(model.tensors_left_out)
     left = [f"{name} ({reason})" for name, reason in model.tensors_left_out.items()]
     tensors = f"tensors: {count} of {len(model.shapes_found)} used" + (f"; left out: {', '.join(left)}" if left else "")

@@ -29,7 +29,7 @@ Examine = Callable[[Source, Path], Iterable[Report]]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
         path: the file or folder.

@@ -32,7 +32,7 @@ _WAITING = 4  # matrices whose codes wait to be compared
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared.
+    """The result of a comparison.
 
     Attributes:
         matrices, codes: ternary matrices, and codes in them.

@@ -27,7 +27,7 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export import llama_process
 from bitnet_train.export.source import Source, open_source
-from bitnet_train.export.targets import IQ2_BN_ROW, Target, readers
+from bitnet_train.export.targets import Target, iq2_bn_problem, readers
 from bitnet_train.export.tokenization import TokenizerCheck, check_folder, check_gguf
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_blocks import GGMLType
@@ -49,7 +49,7 @@ class Agreement(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What is told of a runtime, and whether it agrees with what was trained."""
+    """A line about a runtime, and whether it agrees with what was trained."""
 
     text: str
     agrees: bool = True
@@ -221,8 +221,8 @@ def ik_llama_logits(file: Path, ids: list[int]) -> Tensor:
 def iq2_bn_logits(file: Path, ids: list[int]) -> Tensor:
     """Logits of ik_llama.cpp for an I2_S file, by way of IQ2_BN."""
     shortest = min(info.shape[-1] for info in GGUFFile(file).tensors.values() if info.kind == GGMLType.I2_S)
-    if shortest < IQ2_BN_ROW:
-        raise llama_process.NotForThis(f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}")
+    for reason in iq2_bn_problem(shortest):
+        raise llama_process.NotForThis(reason)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         quantized = Path(folder) / "iq2_bn.gguf"
         llama_process.ik_llama_quantize(file, quantized)

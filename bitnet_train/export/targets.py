@@ -183,9 +183,8 @@ def _ik_llama(source: Source, target: Target) -> Iterator[str]:
         if len(shape) > 1 and shape[-1] % width:
             told = where.format(f"{target.variant.upper()} rows", width, shape[-1], "--type f32")
             yield f"{source.path}: {name}: the row length must be a multiple of {width} {told}"
-    shortest = min(source.shapes[name][-1] for name in source.ternary_names)
-    if target.variant == "i2_s" and shortest < IQ2_BN_ROW:
-        yield f"IQ2_BN needs rows of at least {IQ2_BN_ROW}, got {shortest}"
+    if target.variant == "i2_s":
+        yield from iq2_bn_problem(min(source.shapes[name][-1] for name in source.ternary_names))
 
 
 def _llama_cpp(source: Source, target: Target) -> Iterator[str]:
@@ -196,7 +195,13 @@ def _llama_cpp(source: Source, target: Target) -> Iterator[str]:
         )
 
 
-IQ2_BN_ROW = 512  # the shortest row that ik_llama.cpp makes IQ2_BN of
+def iq2_bn_problem(shortest: int) -> Iterator[str]:
+    """Why ik_llama.cpp makes no IQ2_BN of a file whose shortest ternary row is this long."""
+    if shortest < _IQ2_BN_ROW:
+        yield f"IQ2_BN needs rows of at least {_IQ2_BN_ROW}, got {shortest}"
+
+
+_IQ2_BN_ROW = 512  # the shortest row that ik_llama.cpp makes IQ2_BN of
 READERS = (
     Reader("transformers", ("safetensors", "master"), _none),
     Reader("bitnet.cpp", ("i2_s",), _none),

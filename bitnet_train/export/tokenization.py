@@ -32,7 +32,7 @@ Ids = Sequence[Sequence[int]]
 
 
 class Questions(NamedTuple):
-    """What a runtime is asked.
+    """The questions to a runtime.
 
     Attributes:
         prompts: conversations that end with a user's message.
@@ -46,7 +46,7 @@ class Questions(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What it answers.
+    """Its answers.
 
     Attributes:
         prompts: the ids of each conversation, or why it has none.
@@ -124,7 +124,7 @@ class TokenizerCheck:
         return [part is None or part.agrees for part in (self.prompts, self.texts, self.stops)]
 
     def lines(self) -> list[str]:
-        """What is to be told, a line each."""
+        """The three results, a line each."""
         prompts = f"prompts not compared: {self.reason}" if self.prompts is None else str(self.prompts)
         return [prompts, str(self.texts), str(self.stops)]
 

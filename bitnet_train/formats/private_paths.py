@@ -1,4 +1,4 @@
-r"""What leaves the machine names no folder of it: of an absolute path the last part stays.
+r"""Files that leave the machine name no folder of it: of an absolute path the last part stays.
 
     /home/alice/client/rows.jsonl   ->  rows.jsonl            also ~/..., C:\..., \\server\..., file:///...
     https://host/a/b, org/model     ->  as they are

@@ -35,7 +35,7 @@ _SUFFIXES = (
 
 
 def what_it_is(path: Path) -> str:
-    """What a path is that holds no config.json, and what to give instead."""
+    """The name of a path that holds no config.json, and what to give instead."""
     if not path.exists():
         return "there is no such folder"
     if not path.is_dir():

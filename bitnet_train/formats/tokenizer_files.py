@@ -105,7 +105,7 @@ class TokenizerFiles:
 
     @cached_property
     def _roles(self) -> dict[str, Any]:
-        """What tokenizer_config.json and the files beside it say."""
+        """The content of tokenizer_config.json and of the files beside it."""
         return read_config(self.folder)
 
     @cached_property
@@ -267,7 +267,7 @@ class TokenizerFiles:
         return id_
 
     def _unsayable(self) -> Iterator[str]:
-        """What the tokenizer does and GGUF has no key for."""
+        """Reasons why GGUF has no keys for this tokenizer."""
         model = self._tokenizer.get("model", {})
         if model.get("type") != "BPE":
             yield f"model.type must be BPE for GGUF, got {model.get('type')!r}"

@@ -1,4 +1,4 @@
-"""What the CPU multiplies fast. An x86 processor with AVX2 alone has neither int8 nor bfloat16 products:
+"""The products that the CPU makes fast. An x86 processor with AVX2 alone has neither int8 nor bfloat16 products:
 
 2048 x 256 x 1024, two cores of an EPYC    int8 479 ms (torch._int_mm), bfloat16 160 ms, float32 27 ms
 """

@@ -1,4 +1,4 @@
-"""What becomes of all that a stored model holds: it is used, left out because nothing is lost by that, or refused.
+"""The fate of all that a stored model holds: it is used, left out because nothing is lost by that, or refused.
 
     lm_head.weight                      left out where the embedding serves as head and is the same matrix
     model.layers.N...rotary_emb.inv_freq    left out: config.json says as much (older transformers stored it)

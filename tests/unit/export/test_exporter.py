@@ -320,7 +320,7 @@ SHAPES = [  # hidden size, heads, feed-forward size, activation, type, why not
 def test_rows_that_a_runtime_computes_wrong_are_refused(
     tmp_path: Path, hidden: int, heads: int, wide: int, act: str, type: str, reason: str | None
 ) -> None:
-    """What `--list` says and what the export does is one."""
+    """`--list` and the export give the same reason."""
     sizes: dict[str, int | str | bool] = {"hidden_size": hidden, "intermediate_size": wide}
     sizes |= {"num_attention_heads": heads, "hidden_act": act}
     write_master(tmp_path / "master", sizes)

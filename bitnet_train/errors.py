@@ -6,6 +6,7 @@ how a run ends with code 1 where the cause is known and one line says it.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,9 +36,18 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+# C0 but for tab and line feed, DEL and C1, the marks that turn the direction of a text, halves of surrogate pairs
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal: what would move the cursor, colour, retitle or hide is written as an escape."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def report(error: UserError) -> None:
     """The one line, on standard error."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -41,7 +41,8 @@ from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.export.cli import run as export_command
 from bitnet_train.formats.atomic import fsync
-from bitnet_train.formats.hf_folder import CONFIG, write_json
+from bitnet_train.formats.hf_folder import CONFIG
+from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensors, TensorInfo, write_weights
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, tensor_shapes

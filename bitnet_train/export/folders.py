@@ -11,7 +11,8 @@ from bitnet_train.export.card import model_card
 from bitnet_train.export.source import Source
 from bitnet_train.export.targets import Target
 from bitnet_train.formats.atomic import atomic_folder
-from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config, write_json
+from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, quantization_config
+from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.packing import pack_ternary, packed_shape
 from bitnet_train.formats.parts import nothing
 from bitnet_train.formats.private_paths import without_paths

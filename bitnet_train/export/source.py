@@ -22,15 +22,8 @@ from bitnet_train.export.tokenization import prove_keys
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_file import GGUFFile, is_gguf
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
-from bitnet_train.formats.hf_folder import (
-    CONFIG,
-    GENERATION_CONFIG,
-    HFFolder,
-    folder_kind,
-    quantization_config,
-    read_json,
-    write_json,
-)
+from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, quantization_config
+from bitnet_train.formats.json_file import read_json, write_json
 from bitnet_train.formats.model_card import licence_of
 from bitnet_train.formats.packing import packed_shape
 from bitnet_train.formats.private_paths import without_paths

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import write_json
+from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
 from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, Roles, TokenType, unchanged
 

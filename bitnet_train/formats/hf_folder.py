@@ -14,7 +14,6 @@
 Where linear_class or quantization_mode is absent, transformers takes bitlinear and offline.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import read_json
 from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.safetensors_file import WEIGHTS, WEIGHTS_INDEX, StoredTensor, stored_tensors
 
@@ -40,32 +40,6 @@ _KINDS: dict[object, Kind] = {
     ("autobitlinear", "offline"): "packed",
     ("bitlinear", "offline"): "packed",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: must be JSON: {error}; write it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object, got {type(content).__name__}; write it again")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes a JSON file with an indent of two, as transformers does; half a surrogate pair stays an escape."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    try:
-        path.write_text(f"{text}\n", encoding="utf-8")
-    except UnicodeEncodeError:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def quantization_config(linear_class: str, mode: str) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import GENERATION_CONFIG, read_json, write_json
+from bitnet_train.formats.hf_folder import GENERATION_CONFIG
+from bitnet_train.formats.json_file import read_json, write_json
 from bitnet_train.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, cuts_of
 from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.tokenizer_folder import read_config, templates_of, token_of

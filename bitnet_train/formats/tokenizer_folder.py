@@ -5,11 +5,11 @@ chat_template.jinja, additional_chat_templates/    templates, as transformers 5 
 generation_config.json                             ids at which a generation ends
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import read_json
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -49,13 +49,7 @@ def _read_text(file: Path) -> str:
 
 def _read_object(file: Path) -> dict[str, object]:
     """The object in a JSON file, empty where there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}); write it anew or remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(file) if file.is_file() else {}
 
 
 def read_stop_ids(folder: Path) -> list[int]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder
 from bitnet_train.formats.gguf_file import GGUFFile
-from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, write_json
+from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind
+from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.recognise import what_it_is
 from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
 from bitnet_train.model.accounting import check_modules, check_places, left_out

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
 from bitnet_train.formats.gguf_file import GGUFFile
-from bitnet_train.formats.hf_folder import folder_kind, read_json
+from bitnet_train.formats.hf_folder import folder_kind
+from bitnet_train.formats.json_file import read_json
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.pretrained import load_for_training
 from bitnet_train.training.checkpoint import save

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import HFFolder, folder_kind, read_json, write_json
+from bitnet_train.formats.hf_folder import HFFolder, folder_kind
+from bitnet_train.formats.json_file import read_json, write_json
 
 
 def write_config(folder: Path, **quantization: str) -> None:

@@ -1,0 +1,108 @@
+"""JSON files, which somebody else may have written: each is checked, once, against what is read of it.
+
+    read_json(path, Schema)    Schema: a TypedDict (total=False) of the fields that are read, and their types
+
+What a schema does not name may be anything. What is no UTF-8, no JSON, nested deeper than `MAX_DEPTH` or of another
+type is one line that names the file and the field.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bitnet_train.errors import UserError
+
+MAX_DEPTH = 100  # levels: what is read recursively must not end in a RecursionError; real files have ten
+_TYPE_NAMES = {
+    "object": "an object",
+    "array": "a list",
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+}
+
+
+def read_json(path: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        schema: what is read of it, as msgspec knows types; other fields are kept.
+
+    Raises:
+        UserError: the file is missing, is no JSON object, or a field has another type than the schema says.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return parsed_json(text, str(path), schema)
+
+
+def parsed_json(text: bytes | str, where: str, schema: Any = dict[str, Any]) -> dict[str, Any]:
+    """The object in a JSON text; `where` names it in messages. Raises as `read_json` does."""
+    try:
+        content = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: must be UTF-8: {error}; write it again") from None
+    except ValueError as error:
+        raise UserError(f"{where}: must be JSON: {error}; write it again") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must hold a JSON object, got {type(content).__name__}; write it again")
+    if is_deep(content):
+        raise _too_deep(where)
+    check(content, where, schema)
+    return content
+
+
+def is_deep(value: object) -> bool:
+    """Whether lists and objects are nested more than `MAX_DEPTH` levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = (part for part in level if isinstance(part, dict | list))
+        level = [inner for part in containers for inner in (part.values() if isinstance(part, dict) else part)]
+    return any(isinstance(part, dict | list) for part in level)
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError(f"{where}: is nested more than {MAX_DEPTH} levels deep; write it again")
+
+
+def check(content: Mapping[str, Any], where: str, schema: Any) -> None:
+    """Compares the fields of an object with a schema.
+
+    Raises:
+        UserError: a field has another type; the message names it as `a.b[0]`.
+    """
+    try:
+        msgspec.convert(content, schema)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at ")
+        field = place.strip("`").removeprefix("$").removeprefix(".") or "the file"
+        raise UserError(f"{where}: {field}: {_in_words(problem)}; mend the file") from None
+
+
+def _in_words(problem: str) -> str:
+    """msgspec's message: Expected `int | null`, got `str`."""
+    wanted, _, got = problem.replace("Expected ", "must be ", 1).partition(", got ")
+    spelled = re.sub(r"`([^`]*)`", lambda found: _named(found[1]), wanted)
+    return f"{spelled}, got {_named(got.strip('`'))}" if got else spelled
+
+
+def _named(types: str) -> str:
+    return " or ".join(_TYPE_NAMES.get(name, name) for name in types.split(" | "))
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a JSON file with an indent of two, as transformers does; half a surrogate pair stays an escape."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        path.write_text(f"{text}\n", encoding="utf-8")
+    except UnicodeEncodeError:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

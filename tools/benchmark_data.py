@@ -1,11 +1,13 @@
 """How fast text becomes token ids on disk, and how fast rows are read from there, against other ways to do it.
 
-    encode_batch    tokenizers' own rate: texts in memory, ids thrown away
-    cache           ours: from the .jsonl to a sealed token cache, every core
-    datasets.map    load_dataset("json").map(encode_batch) to its own arrow cache, a process per core
-    trl             SFTTrainer's preparation of the same data set, a process per core (where trl is installed)
-    read            rows of the cache through the DataModule's loader, collated, in one process
-    stream          an epoch of the same rows without a cache (data.streaming=true), after the count of tokens
+    encode_batch        tokenizers' own rate: texts in memory, ids thrown away
+    cache               ours: from the .jsonl to a sealed token cache, every core
+    cache, one .txt     likewise, all of the text as one document in a text file
+    cache, one row      likewise, in one line of a .jsonl
+    datasets.map        load_dataset("json").map(encode_batch) to its own arrow cache, a process per core
+    trl                 SFTTrainer's preparation of the same data set, a process per core (where trl is installed)
+    read                rows of the cache through the DataModule's loader, collated, in one process
+    stream              an epoch of the same rows without a cache (data.streaming=true), after the count of tokens
 
 python tools/benchmark_data.py [--megabytes 50] [--tokenizer DIR] [--json OUT]
 
@@ -24,6 +26,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +67,17 @@ def write_corpus(file: Path, megabytes: float) -> None:
                 return
 
 
+def join_corpus(folder: Path) -> None:
+    """The texts of corpus.jsonl as one document: in text.txt, and in the one line of row.jsonl."""
+    with (folder / "text.txt").open("w", encoding="utf-8") as text, (folder / "row.jsonl").open("w") as row:
+        row.write('{"text": "')
+        for batch in texts(folder / "corpus.jsonl"):
+            document = "".join(f"{part}\n" for part in batch)
+            text.write(document)
+            row.write(json.dumps(document)[1:-1])
+        row.write('"}\n')
+
+
 def texts(file: Path) -> Iterator[list[str]]:
     """The corpus in batches."""
     batch = []
@@ -102,11 +116,11 @@ def encode_batch(folder: Path, watch: Stopwatch) -> int:
     return tokens
 
 
-def cache(folder: Path, watch: Stopwatch) -> int:
+def cache(folder: Path, watch: Stopwatch, corpus: str = "corpus.jsonl") -> int:
     """Everything from the file to the sealed cache."""
     encoder = TextEncoder(Tokenizer.from_folder(folder / "tokenizer"))
     with watch:
-        store = tokenized([str(folder / "corpus.jsonl")], encoder, folder / "cache")
+        store = tokenized([str(folder / corpus)], encoder, folder / "cache")
     return store.counts.tokens
 
 
@@ -176,6 +190,8 @@ def _data(folder: Path, streaming: bool) -> DataModule:
 WAYS: dict[str, Callable[[Path, Stopwatch], int]] = {
     "encode_batch": encode_batch,
     "cache": cache,
+    "cache, one .txt": partial(cache, corpus="text.txt"),
+    "cache, one row": partial(cache, corpus="row.jsonl"),
     "datasets.map": datasets_map,
     "trl": trl,
     "read": read,
@@ -246,6 +262,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus.jsonl", arguments.megabytes)
+        join_corpus(folder)
         given = Tokenizer.from_folder(arguments.tokenizer) if arguments.tokenizer else train_bpe(documents(), 8192)
         given.save(folder / "tokenizer")
         results = {way: measured(way, folder) for way in arguments.ways}

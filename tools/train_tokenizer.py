@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_train.data.conversation import messages_of, text_of
+from bitnet_train.data.parts import at_blanks
 from bitnet_train.data.preference import pair_of
 from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.data.tokenizer import train_bpe
@@ -21,7 +22,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="texts, conversations or preferences")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="special tokens included (default: %(default)s)")
     arguments = parser.parse_args()
-    tokenizer = train_bpe((text for row in read_rows(arguments.data) for text in texts(row)), arguments.vocab_size)
+    rows = read_rows(arguments.data, cut=at_blanks)
+    tokenizer = train_bpe((text for row in rows for text in texts(row)), arguments.vocab_size)
     tokenizer.save(arguments.out)
     print(f"{arguments.out}: {tokenizer.vocab_size:,} tokens")
 

@@ -27,7 +27,7 @@ from bitnet_train.data.paths import CACHE_TAG, expand, size_of
 from bitnet_train.data.progress import BuildProgress
 from bitnet_train.data.readers import format_of
 from bitnet_train.data.saved import files_of
-from bitnet_train.data.sources import Row, scan_rows
+from bitnet_train.data.sources import BadRow, Row, scan_rows
 from bitnet_train.data.store import Counts, StoreWriter, TokenStore, is_intact
 from bitnet_train.errors import UserError
 
@@ -36,7 +36,7 @@ _COMMIT_TOKENS = 1 << 24  # tokens between commits: what a kill can cost, some t
 _WORTH_WORKERS = 1 << 22  # bytes of sources from which processes of their own pay
 # modules that decide about ids
 _CODE = (
-    *("readers", "tables", "saved", "hub", "sources", "conversation", "preference"),
+    *("readers", "parts", "tables", "saved", "hub", "sources", "conversation", "preference"),
     *("template", "pieces", "chat", "tokenizer", "encoding", "store"),
 )
 
@@ -147,16 +147,23 @@ def _bytes(files: Sequence[str]) -> int:
 def _build(files: Sequence[str], encoder: Encoder, writer: StoreWriter, processes: int, bad_rows: str) -> None:
     committed = writer.counts.tokens
     with closing(writer), BuildProgress(files) as progress:
-        rows = islice(scan_rows(files, progress.read), writer.counts.rows, None)
+        rows = _without(writer.counts.rows, scan_rows(files, progress.read, encoder.cut))
         with closing(workers.encoded(encoder, rows, processes)) as chunks:
             for chunk in chunks:
-                writer.append(chunk.lengths, chunk.tokens, chunk.rows, chunk.counts)
+                writer.append(chunk.ends, chunk.tokens, chunk.rows, chunk.counts)
                 refuse(writer.counts, bad_rows)
                 progress.show(writer.counts.tokens)
-                if writer.counts.tokens - committed >= _COMMIT_TOKENS:
+                if writer.is_whole and writer.counts.tokens - committed >= _COMMIT_TOKENS:
                     writer.commit()
                     committed = writer.counts.tokens
         writer.seal()
+
+
+def _without(count: int, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """The rows behind the first so many; parts of a row are one."""
+    while count and (row := next(rows, None)) is not None:
+        count -= row.ends
+    return rows
 
 
 def refuse(counts: Counts, rule: str) -> None:

@@ -9,10 +9,10 @@ that nobody believes that it was used.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
+from bitnet_train.data.parts import checked_characters
 from bitnet_train.data.readers import Fields, type_name
 from bitnet_train.data.sources import Row, located
 from bitnet_train.errors import UserError
@@ -22,7 +22,6 @@ _ROLES = {
     **{"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"},  # ShareGPT
 }
 _FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # in the order in which transformers looks for it
 _FLAGS = ("weight", "train", "training", "loss")  # OpenAI and mistral-finetune; axolotl, both; ms-swift
 _OF_MESSAGES = {"tool_calls", "name", "tool_call_id", *_REASONING, *_FLAGS}
@@ -324,9 +323,7 @@ def check_characters(value: object, field: str) -> str:
     """The value if it is a string of characters. Raises UserError that names the field."""
     if not isinstance(value, str):
         raise UserError(f"{field} must be a string, got {type_name(value)}")
-    if "\0" in value or _SURROGATE.search(value):
-        raise UserError(f"{field} holds NUL bytes or lone surrogates, which are no text; clean or drop the row")
-    return value
+    return checked_characters(value, field)
 
 
 def names_of(fields: Fields) -> str:

@@ -1,11 +1,11 @@
 """How many tokens each block of a corpus makes: all that must be known to find a row without a token cache.
 
-    CACHE_DIR/counts/KEY.npz    blocks   int64 (blocks + 1, 4): file, byte and row where it begins, tokens of its rows
+    CACHE_DIR/counts/KEY.npz    blocks   int64 (blocks + 1, 5): file and place where it begins, tokens of its rows
                                 about    the key, what was counted, whether it is all
 
-A block is some whole rows of a file, `BLOCK_CHARACTERS` of them or a little more. 32 bytes of index stand for about
-256 KB of text. Counting reads and tokenizes everything once and keeps nothing else; it is saved every now and then, and
-goes on there after a kill. The last entry holds no tokens: it says where counting ended.
+A block is some rows of a file, or parts of long ones, `BLOCK_CHARACTERS` of them or a little more. 40 bytes of index
+stand for about 256 KB of text. Counting reads and tokenizes everything once and keeps nothing else; it is saved every
+now and then, and goes on there after a kill. The last entry holds no tokens: it says where counting ended.
 """
 
 import json
@@ -33,6 +33,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 
 BLOCK_CHARACTERS = 1 << 18
+_COLUMNS = 5
 _SAVE_TOKENS = 1 << 26  # tokens between savings: what a kill can cost, a minute of one core
 
 
@@ -42,7 +43,7 @@ class BlockIndex:
 
     Attributes:
         file: int64 `(blocks,)`, the number of the file.
-        offset, number: int64 `(blocks,)`, see `readers.Place`.
+        offset, number, inside: int64 `(blocks,)`, see `readers.Place`.
         tokens: int64 `(blocks,)`, tokens of all rows of the block.
         counts: what was counted, see `store.Counts`.
     """
@@ -50,12 +51,13 @@ class BlockIndex:
     file: np.ndarray
     offset: np.ndarray
     number: np.ndarray
+    inside: np.ndarray
     tokens: np.ndarray
     counts: Counts
 
     def place(self, block: int) -> Place:
         """Where the block begins."""
-        return Place(int(self.offset[block]), int(self.number[block]))
+        return Place(int(self.offset[block]), int(self.number[block]), int(self.inside[block]))
 
 
 def counted(
@@ -111,16 +113,16 @@ class _Counting:
         """Writes it wholly or not at all."""
         about = json.dumps({"key": self.key, "whole": self.whole, **asdict(self.counts)})
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, blocks=np.array(self.blocks).reshape(-1, 4), about=np.array(about))
+            np.savez(stream, blocks=np.array(self.blocks).reshape(-1, _COLUMNS), about=np.array(about))
 
     def index(self) -> BlockIndex:
         """All blocks."""
-        file, offset, number, tokens = np.array(self.blocks).reshape(-1, 4)[:-1].T.copy()
-        return BlockIndex(file, offset, number, tokens, self.counts)
+        file, offset, number, inside, tokens = np.array(self.blocks).reshape(-1, _COLUMNS)[:-1].T.copy()
+        return BlockIndex(file, offset, number, inside, tokens, self.counts)
 
     def append(self, file: int, block: Block, counts: Counts) -> None:
         """The next block and what it holds."""
-        self.blocks[-4:] = array("q", (file, *block.start, counts.tokens, file, *block.end, 0))
+        self.blocks[-_COLUMNS:] = array("q", (file, *block.start, counts.tokens, file, *block.end, 0))
         self.counts += counts
 
 
@@ -129,7 +131,7 @@ def _count(
 ) -> None:
     waiting: deque[tuple[int, Block]] = deque()  # given to the workers, not counted yet
     with BuildProgress(files) as progress:
-        blocks = _blocks_from(files, counting.blocks[-4:], progress)
+        blocks = _blocks_from(files, encoder, counting.blocks[-_COLUMNS:], progress)
         saved = counting.counts.tokens
         with closing(workers.encoded_chunks(encoder, _rows(blocks, waiting), processes)) as chunks:
             for chunk in chunks:
@@ -142,11 +144,13 @@ def _count(
     replace(counting, whole=True).save(path)
 
 
-def _blocks_from(files: Sequence[str], last: "array[int]", progress: BuildProgress) -> Iterator[tuple[int, Block]]:
-    first, offset, number, _ = last
-    start = Place(offset, number)
+def _blocks_from(
+    files: Sequence[str], encoder: Encoder, last: "array[int]", progress: BuildProgress
+) -> Iterator[tuple[int, Block]]:
+    first, *place, _ = last
+    start = Place(*place)
     for file in range(first, len(files)):
-        for block in read_blocks(files[file], start, BLOCK_CHARACTERS, progress.read):
+        for block in read_blocks(files[file], start, BLOCK_CHARACTERS, progress.read, encoder.cut):
             yield file, block
         start = START
 

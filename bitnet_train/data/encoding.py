@@ -1,6 +1,6 @@
 """Rows to sequences of tokens, one encoder per kind of data: what a token cache is built with.
 
-    text          BOS if there is one, document, EOS       every token trained
+    text          BOS if there is one, document, EOS       every token trained; a long document comes in parts
     chat          the conversation, rendered and encoded   what the assistant says is trained
     preference    prompt + chosen, then prompt + rejected  the completions are trained
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from bitnet_train.data.chat import encode_chat, encode_pair
 from bitnet_train.data.conversation import messages_of, text_of, tools_of, unread, unread_of_conversation
+from bitnet_train.data.parts import Cut
 from bitnet_train.data.preference import pair_of, unread_of_pair
 from bitnet_train.data.sources import Row, located
 from bitnet_train.data.store import sequence
@@ -34,9 +35,17 @@ class Encoder(ABC):
 
     tokenizer: Tokenizer = field(repr=False)
 
+    @property
+    def cut(self) -> Cut | None:
+        """Where a reader may cut a long text; None: a row must be whole."""
+        return None
+
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """The sequences of every row, uint32 as `store.sequence` makes them, or what is wrong with the row."""
+        """The sequences of every row, uint32 as `store.sequence` makes them, or what is wrong with the row.
+
+        Where a row is a part of one, its sequence is a part of one, too.
+        """
 
     @abstractmethod
     def unread(self, row: Row) -> Iterable[str]:
@@ -45,13 +54,24 @@ class Encoder(ABC):
 
 @dataclass(frozen=True)
 class TextEncoder(Encoder):
-    """Documents; one without text gives no sequence."""
+    """Documents, or parts of them; one without text gives no sequence."""
+
+    @property
+    def cut(self) -> Cut:
+        """See `Encoder.cut`."""
+        return self.tokenizer.cut
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """See `Encoder.encode`."""
         texts = [self._text(row) for row in rows]
-        ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
-        return [self._document(next(ids)) if isinstance(text, str) else text for text in texts]
+        begun, continued = (
+            iter(self.tokenizer.encode_batch(self._those_of(rows, texts, begins), continued=not begins))
+            for begins in (True, False)
+        )
+        return [
+            self._sequence(row, next(begun if row.begins else continued)) if isinstance(text, str) else text
+            for row, text in zip(rows, texts, strict=True)
+        ]
 
     def unread(self, row: Row) -> Iterable[str]:
         """See `Encoder.unread`."""
@@ -64,8 +84,16 @@ class TextEncoder(Encoder):
         except UserError as error:
             return error
 
-    def _document(self, ids: list[int]) -> list[np.ndarray]:
-        return [sequence([*self.tokenizer.begun(ids), self.tokenizer.eos_token_id], True)] if ids else []
+    @staticmethod
+    def _those_of(rows: Sequence[Row], texts: Sequence[str | UserError], begins: bool) -> list[str]:
+        pairs = zip(rows, texts, strict=True)
+        return [text for row, text in pairs if row.begins == begins and isinstance(text, str)]
+
+    def _sequence(self, row: Row, ids: list[int]) -> list[np.ndarray]:
+        if row.begins and row.ends and not ids:
+            return []
+        begun = self.tokenizer.begun(ids) if row.begins else ids
+        return [sequence([*begun, self.tokenizer.eos_token_id] if row.ends else begun, True)]
 
 
 class _RowByRow(Encoder):

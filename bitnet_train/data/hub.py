@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bitnet_train.data.readers import ROWS_AT_ONCE, Placed, is_readable, rows_of
+from bitnet_train.data.parts import Cut
+from bitnet_train.data.readers import ROWS_AT_ONCE, START, Placed, is_readable, rows_of
 from bitnet_train.errors import UserError
 
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -28,14 +29,14 @@ def hub_revision(name: str) -> str:
         return str(datasets.load_dataset_builder(id_["name"], id_["config"]).hash)
 
 
-def read_hub(name: str) -> Placed:
+def read_hub(name: str, cut: Cut | None = None) -> Placed:
     """Streams a data set of the hub; none that brings code of its own (`datasets` >= 4 runs none)."""
     import datasets
 
     with _hub(name) as id_:
         rows = datasets.load_dataset(id_["name"], id_["config"], split=id_["split"] or "train", streaming=True)
         tables = rows.with_format("arrow").iter(ROWS_AT_ONCE)
-        yield from rows_of((batch for table in tables for batch in table.to_batches()), 0, 0)
+        yield from rows_of((batch for table in tables for batch in table.to_batches()), 0, START, cut)
 
 
 @contextmanager

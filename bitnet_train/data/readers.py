@@ -4,10 +4,11 @@
     .jsonl .json    line number, the object on the line (blank lines are skipped)
     .parquet .arrow row number, the row
 
-each also as .gz, .xz or .zst. `pyarrow`, which comes with `datasets`, is imported when a file needs it.
+each also as .gz, .xz or .zst. `pyarrow`, which comes with `datasets`, is imported when a file needs it. A long "text"
+comes in parts (`data.parts`) where the reader is told how to cut one.
 
-Reading can begin at the place behind any row. Lines are reached by their byte, rows of a .parquet by their row group,
-rows of an .arrow file by passing over those before; in a compressed file all before is decompressed.
+Reading can begin at the place behind any row or part. Lines are reached by their byte, rows of a .parquet by their row
+group, rows of an .arrow file by passing over those before; in a compressed file all before is decompressed.
 """
 
 import codecs
@@ -15,16 +16,33 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeGuard
 
+from bitnet_train.data.parts import (
+    WINDOW,
+    Cut,
+    Part,
+    ReadAt,
+    checked_characters,
+    cut_stretches,
+    cut_text,
+    decoded,
+    json_size,
+    json_stretches,
+    line_at,
+    text_begins,
+    utf8_size,
+    utf8_stretches,
+)
 from bitnet_train.data.tables import Convert, converters
 from bitnet_train.errors import UserError
 
@@ -36,25 +54,32 @@ Fields = dict[str, object]
 
 
 class Place(NamedTuple):
-    """Where in a file reading can begin: behind so many bytes (decompressed; 0 in tables) and so many lines or rows."""
+    """Where in a file reading can begin: behind so many bytes (decompressed; 0 in tables) and so many lines or rows.
+
+    `inside` is 0 at the border of a row. Else the text of row number + 1 has begun: in a table after so many of its
+    characters, elsewhere at the offset.
+    """
 
     offset: int = 0
     number: int = 0
+    inside: int = 0
 
 
 START = Place()
 _ARROW_ERRORS = (KeyError, NotImplementedError, MemoryError)  # what pyarrow raises beside OSError and ValueError
-# Each row with the place behind it; numbers count lines or rows from 1. What is wrong with a row stands in its place.
-Placed = Iterator[tuple[Place, Fields | UserError]]
+# Each row, or part of one, with the place behind it; numbers count lines or rows from 1. In the place of a wrong row
+# stands its error.
+PlacedRow = tuple[Place, Fields | UserError]
+Placed = Iterator[PlacedRow]
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
 ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 _ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
-_SKIPPED_AT_ONCE = 1 << 20  # bytes
+_READ_AT_ONCE = 1 << 18  # bytes
 
 
-def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -> Placed:
+def read_from(file: str, start: Place, on_read: Callable[[int], object] = int, cut: Cut | None = None) -> Placed:
     """Streams the rows of a file of a known format from a place on, each with the place behind it.
 
     A line that is no JSON object with each name once, or a row that is no UTF-8, gives its UserError instead of fields.
@@ -62,6 +87,7 @@ def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -
     Args:
         start: `START`, or a place that an earlier call gave.
         on_read: is told how many bytes of the file were read, each time.
+        cut: where to cut a long "text"; None: it is given whole. The fields beside it come with its first part.
 
     Raises:
         UserError: an unknown format, a damaged file.
@@ -69,7 +95,7 @@ def read_from(file: str, start: Place, on_read: Callable[[int], object] = int) -
     read, decompressed = _READERS[format_of(file)], _DECOMPRESSORS[_suffixes(file)[1]]
     try:
         with _open(file, on_read) as raw, decompressed(raw) as stream:
-            yield from read(stream, start)
+            yield from read(stream, start, cut)
     except UserError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, *_ARROW_ERRORS) as error:
@@ -101,8 +127,13 @@ def _suffixes(file: str) -> tuple[str, str]:
     return Path(path.stem if compression else path.name).suffix.lower(), compression
 
 
-def _read_text(stream: io.BufferedIOBase, start: Place) -> Placed:
-    data = b"" if start.number else stream.read()
+def _read_text(stream: io.BufferedIOBase, start: Place, cut: Cut | None) -> Placed:
+    if start.number:
+        return
+    if cut is not None:
+        yield from _text_parts(stream, start, cut)
+        return
+    data = stream.read()
     if data.strip():
         yield Place(len(data), 1), _or_error(_text_document, data)
 
@@ -111,20 +142,134 @@ def _text_document(data: bytes) -> Fields:
     return {"text": _decode(data)}
 
 
-def _read_json_lines(stream: io.BufferedIOBase, start: Place) -> Placed:
+def _text_parts(stream: io.BufferedIOBase, start: Place, cut: Cut) -> Placed:
+    with _seekable(stream) as file:
+        look, read = _reads(file)
+        begin = start.offset or len(codecs.BOM_UTF8) * look(0).startswith(codecs.BOM_UTF8)
+        if not start.inside:
+            try:
+                if not _has_words(look, begin):
+                    return
+            except UserError as error:
+                yield Place(os.fstat(file.fileno()).st_size, 1), error
+                return
+        for part in cut_stretches(utf8_stretches(read, begin), utf8_size, cut):
+            yield _behind(part, 0, part.end), {"text": part.text}
+
+
+def _has_words(look: ReadAt, begin: int) -> bool:
+    """Whether a text file holds more than blanks. Raises UserError where it is no text."""
+    _refuse_utf16(look(0))
+    words = [bool(checked_characters(stretch.text, "text").strip()) for stretch in utf8_stretches(look, begin)]
+    return any(words)
+
+
+def _behind(part: Part, number: int, end: int) -> Place:
+    """The place behind a part of the row after so many."""
+    return Place(end, number + 1) if part.is_last else Place(part.end, number, 1)
+
+
+def _read_json_lines(stream: io.BufferedIOBase, start: Place, cut: Cut | None) -> Placed:
     _skip(stream, start.offset)
-    offset = start.offset
-    for number, line in enumerate(stream, start=start.number + 1):
-        offset += len(line)
+    place = start
+    if start.inside and cut is not None:
+        place = yield from _rest_of_line(stream, start, cut)
+    while line := stream.readline(-1 if cut is None else WINDOW):
+        if cut is not None and len(line) == WINDOW and not line.endswith(b"\n"):
+            place = yield from _long_line(stream, place, line, cut)
+        else:
+            place = Place(place.offset + len(line), place.number + 1)
+            if line.strip():
+                yield place, _or_error(_json_object, line)
+
+
+def _long_line(stream: io.BufferedIOBase, start: Place, head: bytes, cut: Cut) -> Generator[PlacedRow, None, Place]:
+    """A row of which the head was read; its text is read in stretches if that begins in the head.
+
+    Returns the place behind it.
+    """
+    size = text_begins(head)
+    if size is None:
+        line = head + stream.readline()
+        place = Place(start.offset + len(line), start.number + 1)
         if line.strip():
-            yield Place(offset, number), _or_error(_json_object, line)
+            yield place, _or_error(_json_object, line)
+        return place
+    with _line(stream, start.offset, head) as (look, read):
+        begin = start.offset + size
+        try:
+            fields, end = _checked_row(look, head[:size], begin)
+        except UserError as error:
+            end = begin + len(line_at(look, begin))
+            yield Place(end, start.number + 1), error
+        else:
+            for part in cut_stretches(json_stretches(read, begin), json_size, cut):
+                yield _behind(part, start.number, end), {**fields, "text": part.text}
+                fields = {}
+        _go_to(stream, end)
+    return Place(end, start.number + 1)
+
+
+def _checked_row(look: ReadAt, head: bytes, begin: int) -> tuple[Fields, int]:
+    """The fields of a row beside its text, and where its line ends. Raises UserError where it is no row."""
+    for stretch in json_stretches(look, begin):
+        checked_characters(stretch.text, "text")
+        begin = stretch.end
+    rest = line_at(look, begin)
+    return _json_object(head + rest), begin + len(rest)
+
+
+def _rest_of_line(stream: io.BufferedIOBase, start: Place, cut: Cut) -> Generator[PlacedRow, None, Place]:
+    """The row that a place lies in, from there on; it was checked when its beginning was read."""
+    with _line(stream, start.offset, b"") as (look, read):
+        for part in cut_stretches(json_stretches(read, start.offset), json_size, cut):
+            end = part.end + len(line_at(look, part.end)) if part.is_last else part.end
+            yield _behind(part, start.number, end), {"text": part.text}
+        _go_to(stream, end)
+    return Place(end, start.number + 1)
+
+
+@contextmanager
+def _line(stream: io.BufferedIOBase, offset: int, head: bytes) -> Iterator[tuple[ReadAt, ReadAt]]:
+    """Reads a line at any offset: in the file, or in a temporary one with what it decompresses to.
+
+    Args:
+        head: bytes of the line, from the offset on, that were read from the stream.
+    """
+    if _is_plain(stream):
+        yield _reads(stream)
+        return
+    with tempfile.TemporaryFile() as copy:
+        copy.write(head)
+        while data := stream.readline(_READ_AT_ONCE):
+            copy.write(data)
+            if data.endswith(b"\n"):
+                break
+        copy.flush()
+        look, _ = _reads(copy)
+        yield (lambda at: look(at - offset), lambda at: look(at - offset))
+
+
+def _reads(file: io.BufferedIOBase | IO[bytes]) -> tuple[ReadAt, ReadAt]:
+    """Reads at an offset: unseen by who meters the file, and seen."""
+
+    def read(offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(_READ_AT_ONCE)
+
+    return (lambda offset: os.pread(file.fileno(), _READ_AT_ONCE, offset)), read
+
+
+def _go_to(stream: io.BufferedIOBase, offset: int) -> None:
+    if _is_plain(stream):  # else all of the line has been read
+        stream.seek(offset)
 
 
 def _skip(stream: io.BufferedIOBase, count: int) -> None:
     if stream.seekable():
         stream.seek(count)
         return
-    while count > 0 and (passed := stream.read(min(count, _SKIPPED_AT_ONCE))):
+    while count > 0 and (passed := stream.read(min(count, _READ_AT_ONCE))):
         count -= len(passed)
 
 
@@ -159,16 +304,16 @@ def _unique(pairs: list[tuple[str, object]]) -> Fields:
 
 
 def _decode(data: bytes) -> str:
+    _refuse_utf16(data)
+    return decoded(data).removeprefix("\ufeff")
+
+
+def _refuse_utf16(data: bytes) -> None:
     if data.startswith(_UTF16):
         raise UserError("the byte order mark says UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte, position = data[error.start], error.start
-        raise UserError(f"byte 0x{byte:02x} at {position} is not UTF-8; convert the file with iconv") from None
 
 
-def _read_parquet(stream: io.BufferedIOBase, start: Place) -> Placed:
+def _read_parquet(stream: io.BufferedIOBase, start: Place, cut: Cut | None) -> Placed:
     from pyarrow import parquet
 
     with _seekable(stream) as seekable:
@@ -178,10 +323,10 @@ def _read_parquet(stream: io.BufferedIOBase, start: Place) -> Placed:
         group = bisect_right(ends, start.number) - 1
         if group < len(groups):
             batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups[group:])
-            yield from rows_of(batches, ends[group], start.number)
+            yield from rows_of(batches, ends[group], start, cut)
 
 
-def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
+def _read_arrow(stream: io.BufferedIOBase, start: Place, cut: Cut | None) -> Placed:
     """Both containers: the stream that `datasets` writes, and the file (Feather 2), which begins with ARROW1."""
     from pyarrow import ipc
 
@@ -190,21 +335,47 @@ def _read_arrow(stream: io.BufferedIOBase, start: Place) -> Placed:
         seekable.seek(0)
         reader = ipc.open_file(seekable) if is_file else ipc.open_stream(seekable)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield from rows_of(batches, 0, start.number)
+        yield from rows_of(batches, 0, start, cut)
 
 
-def rows_of(batches: Iterable["pyarrow.RecordBatch"], number: int, start: int) -> Placed:
-    """The rows from number `start` on, counted from 0; the first batch begins with row `number`.
+def rows_of(batches: Iterable["pyarrow.RecordBatch"], number: int, start: Place, cut: Cut | None) -> Placed:
+    """The rows from a place on; the first batch begins with row `number`, counted from 0.
 
     Offsets and lengths in a file are taken on trust by Arrow, which would read beyond the file: they are checked first.
     """
     for batch in batches:
         batch.validate(full=True)
         changes = converters(batch.schema)
-        for first in range(max(start - number, 0), batch.num_rows, _ROWS_AS_OBJECTS):
+        for first in range(max(start.number - number, 0), batch.num_rows, _ROWS_AS_OBJECTS):
             rows = batch.slice(first, _ROWS_AS_OBJECTS).to_pylist()
-            yield from ((Place(0, number + first + i), _converted(row, changes)) for i, row in enumerate(rows, start=1))
+            for before, row in enumerate(rows, start=number + first):
+                inside = start.inside if before == start.number else 0
+                yield from _row_parts(_converted(row, changes), before, inside, cut)
         number += batch.num_rows
+
+
+def _row_parts(content: Fields | UserError, before: int, inside: int, cut: Cut | None) -> Placed:
+    """A row of a table after so many rows, without the first characters of its text, in parts if that is long."""
+    text = None if isinstance(content, UserError) else content.get("text")
+    if cut is None or isinstance(content, UserError) or not _is_long(text):
+        yield Place(0, before + 1), content
+        return
+    fields = {} if inside else content
+    for part, is_last in cut_text(text[inside:], cut):
+        inside += len(part)
+        yield Place(0, before + is_last, 0 if is_last else inside), {**fields, "text": part}
+        fields = {}
+
+
+def _is_long(text: object) -> TypeGuard[str]:
+    """Whether it is a long text; one that is bad is left to whoever looks at whole rows."""
+    if not isinstance(text, str) or len(text) <= WINDOW:
+        return False
+    try:
+        checked_characters(text, "text")
+    except UserError:
+        return False
+    return True
 
 
 def _converted(row: Fields, changes: Mapping[str, Convert]) -> Fields | UserError:
@@ -217,13 +388,18 @@ def _converted(row: Fields, changes: Mapping[str, Convert]) -> Fields | UserErro
 @contextmanager
 def _seekable(stream: io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
     """The stream itself if it is a plain file, else what it decompresses to, in a temporary file."""
-    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO):
+    if _is_plain(stream):
         yield stream
         return
     with tempfile.TemporaryFile() as copy:
         shutil.copyfileobj(stream, copy)
         copy.seek(0)
         yield copy
+
+
+def _is_plain(stream: io.BufferedIOBase) -> bool:
+    """Whether the stream is a file as it lies on the disk."""
+    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
 
 
 class _MeteredFile(io.FileIO):
@@ -268,7 +444,7 @@ _DECOMPRESSORS: Mapping[str, Callable[[io.BufferedReader], io.BufferedIOBase]] =
     ".xz": _xz,
     ".zst": _zstd,
 }
-_READERS: Mapping[str, Callable[[io.BufferedIOBase, Place], Placed]] = {
+_READERS: Mapping[str, Callable[[io.BufferedIOBase, Place, Cut | None], Placed]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,

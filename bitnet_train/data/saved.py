@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitnet_train.data.parts import Cut
 from bitnet_train.data.readers import ROWS_AT_ONCE, Place, Placed, rows_of
 from bitnet_train.errors import UserError
 
@@ -57,7 +58,7 @@ def files_of(folder: Path) -> list[Path]:
     return [state, folder / "dataset_info.json", *(folder / str(name) for name in names)]
 
 
-def read_saved(folder: str, start: Place, on_read: Callable[[int], object] = int) -> Placed:
+def read_saved(folder: str, start: Place, on_read: Callable[[int], object] = int, cut: Cut | None = None) -> Placed:
     """The rows of a data set from a place on; see `readers.read_from`.
 
     Raises:
@@ -73,7 +74,7 @@ def read_saved(folder: str, start: Place, on_read: Callable[[int], object] = int
         if start.number >= len(rows):
             return
         tables = rows.select(range(start.number, len(rows))).with_format("arrow").iter(ROWS_AT_ONCE)
-        yield from rows_of(_batches(tables, on_read), start.number, start.number)
+        yield from rows_of(_batches(tables, on_read), start.number, start, cut)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:

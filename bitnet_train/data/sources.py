@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitnet_train.data.hub import is_hub_id, read_hub
+from bitnet_train.data.parts import Cut
 from bitnet_train.data.paths import expand
 from bitnet_train.data.readers import START, Fields, Place, Placed
 from bitnet_train.data.readers import read_from as read_file_from
@@ -21,11 +22,13 @@ from bitnet_train.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file; `number` counts lines or rows from 1."""
+    """One row of a file, or a part of one; `number` counts lines or rows from 1."""
 
     file: str
     number: int
     fields: Fields
+    begins: bool = True
+    ends: bool = True
 
     @property
     def where(self) -> str:
@@ -38,6 +41,7 @@ class BadRow:
     """A row that is no row; `error` says why, the file and the number included."""
 
     error: UserError
+    ends: bool = True
 
 
 @contextmanager
@@ -49,13 +53,16 @@ def located(row: Row) -> Iterator[None]:
         raise UserError(f"{row.where}: {error}") from None
 
 
-def read_rows(paths: str | Sequence[str]) -> Iterator[Row]:
+def read_rows(paths: str | Sequence[str], cut: Cut | None = None) -> Iterator[Row]:
     """Streams the rows of all files that the paths name, in the order of `expand`; `readers` lists the formats.
+
+    Args:
+        cut: where to cut a long text into parts, see `data.parts`; None: every row is whole.
 
     Raises:
         UserError: what `expand` raises, at once; while reading, what `scan_rows` raises and the error of a bad row.
     """
-    return map(_good, scan_rows(expand(paths)))
+    return map(_good, scan_rows(expand(paths), cut=cut))
 
 
 def _good(row: Row | BadRow) -> Row:
@@ -64,32 +71,39 @@ def _good(row: Row | BadRow) -> Row:
     return row
 
 
-def scan_rows(files: Sequence[str], on_read: Callable[[int], object] = int) -> Iterator[Row | BadRow]:
+def scan_rows(
+    files: Sequence[str], on_read: Callable[[int], object] = int, cut: Cut | None = None
+) -> Iterator[Row | BadRow]:
     """Streams the rows of files and hub ids, bad ones included.
 
     Args:
         on_read: is told how many bytes of a file were read, each time.
+        cut: as for `read_rows`.
 
     Raises:
         UserError: a damaged file, a file without rows.
     """
-    return (row for file in files for row in _rows_of(file, on_read))
+    return (row for file in files for _, row in _rows_from(file, START, on_read, cut))
 
 
-def _rows_of(file: str, on_read: Callable[[int], object]) -> Iterator[Row | BadRow]:
-    empty = True
-    for place, content in _read_from(file, START, on_read):
-        empty = False
-        yield row_of(file, place.number, content)
-    if empty:
+def _rows_from(
+    file: str, start: Place, on_read: Callable[[int], object], cut: Cut | None
+) -> Iterator[tuple[Place, Row | BadRow]]:
+    """The rows from a place on, each with the place behind it."""
+    before = start
+    for end, content in _read_from(file, start, on_read, cut):
+        yield end, _row_of(file, before, end, content)
+        before = end
+    if before == START:
         raise no_rows(file)
 
 
-def _read_from(file: str, start: Place, on_read: Callable[[int], object]) -> Placed:
+def _read_from(file: str, start: Place, on_read: Callable[[int], object], cut: Cut | None) -> Placed:
     """The rows of a file, a saved data set or a hub id from a place on; the hub has one place alone, its start."""
     if is_hub_id(file):
-        return read_hub(file)
-    return read_saved(file, start, on_read) if is_saved(Path(file)) else read_file_from(file, start, on_read)
+        return read_hub(file, cut)
+    read = read_saved if is_saved(Path(file)) else read_file_from
+    return read(file, start, on_read, cut)
 
 
 def characters_of(value: object) -> int:
@@ -104,15 +118,17 @@ def characters_of(value: object) -> int:
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a file; reading it again begins at `start`, reading on at `end`."""
+    """Consecutive rows, or parts of them, of a file; reading it again begins at `start`, reading on at `end`."""
 
     start: Place
     end: Place
     rows: list[Row | BadRow]
 
 
-def read_blocks(file: str, start: Place, characters: int, on_read: Callable[[int], object] = int) -> Iterator[Block]:
-    """Streams a file from a place on in blocks of whole rows, each of at least so many characters but for the last.
+def read_blocks(
+    file: str, start: Place, characters: int, on_read: Callable[[int], object] = int, cut: Cut | None = None
+) -> Iterator[Block]:
+    """Streams a file from a place on in blocks of rows, each of at least so many characters but for the last.
 
     From the start of any block on the blocks are the same.
 
@@ -121,23 +137,22 @@ def read_blocks(file: str, start: Place, characters: int, on_read: Callable[[int
     """
     rows: list[Row | BadRow] = []
     size, first, end = 0, start, start
-    for end, content in _read_from(file, start, on_read):
-        rows.append(row_of(file, end.number, content))
-        size += characters_of(content)
+    for end, row in _rows_from(file, start, on_read, cut):
+        rows.append(row)
+        size += characters_of(row)
         if size >= characters:
             yield Block(first, end, rows)
             rows, size, first = [], 0, end
     if rows:
         yield Block(first, end, rows)
-    elif end == START:
-        raise no_rows(file)
 
 
-def row_of(file: str, number: int, content: Fields | UserError) -> Row | BadRow:
-    """A row as `readers` gives it."""
+def _row_of(file: str, start: Place, end: Place, content: Fields | UserError) -> Row | BadRow:
+    """What a reader found between two places."""
+    number = end.number + bool(end.inside)
     if isinstance(content, UserError):
         return BadRow(UserError(f"{file}:{number}: {content}"))
-    return Row(file, number, content)
+    return Row(file, number, content, begins=not start.inside, ends=not end.inside)
 
 
 def no_rows(file: str) -> UserError:

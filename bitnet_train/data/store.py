@@ -164,12 +164,13 @@ class StoreWriter:
 
     Attributes:
         counts: what the committed and appended part was made of.
+        is_whole: the last sequence that was appended has ended: this can be committed.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key, self.partial = folder, key, folder.with_name(f"{folder.name}.partial")
         progress = self._progress()
-        self.counts = counts_of(progress)
+        self.counts, self.is_whole = counts_of(progress), True
         self._files = {name: _opened_at(self.partial / name, size) for name, size in progress["bytes"].items()}
 
     def _progress(self) -> dict[str, Any]:
@@ -184,12 +185,15 @@ class StoreWriter:
         self.partial.mkdir(parents=True)
         return {"bytes": dict.fromkeys(_FILES, 0), **asdict(Counts())}
 
-    def append(self, lengths: np.ndarray, tokens: np.ndarray, rows: np.ndarray, counts: Counts) -> None:
-        """Adds sequences of the given lengths; `rows` counts from the first row of this call, `counts` covers it."""
-        ends = np.cumsum(lengths) + self.counts.tokens
+    def append(self, ends: np.ndarray, tokens: np.ndarray, rows: np.ndarray, counts: Counts) -> None:
+        """Adds tokens, in which sequences end at `ends`; what follows the last of them goes on in the next call.
+
+        `ends` and `rows` count from the first token and row of this call, `counts` covers it.
+        """
+        self.is_whole = not len(tokens) or bool(len(ends) and ends[-1] == len(tokens))
         columns: tuple[np.ndarray, ...] = (
             tokens.astype(_TOKEN),
-            ends.astype(_INDEX),
+            (ends + self.counts.tokens).astype(_INDEX),
             (rows + self.counts.rows).astype(_INDEX),
         )
         for file, column in zip(self._files.values(), columns, strict=True):

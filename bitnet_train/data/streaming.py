@@ -94,12 +94,14 @@ class TokenStream:
 
     def last_end(self, limit: float) -> int:
         """See `Documents.last_end`."""
-        block = int(np.searchsorted(self.starts, limit, side="right")) - 1
-        start = int(self.starts[block])
-        if limit - start < 1:  # blocks end where documents do
-            return start
-        ends = self._whole(block)[1]
-        return start + int(ends[ends <= limit - start].max(initial=0))
+        if limit < 1:
+            return 0
+        last = int(np.searchsorted(self.starts, limit, side="right")) - 1
+        for block in range(min(last, len(self._index.tokens) - 1), -1, -1):  # in a long document no block has an end
+            start, (_, ends) = int(self.starts[block]), self._whole(block)
+            if end := int(ends[ends <= limit - start].max(initial=0)):
+                return start + end
+        return 0
 
     def _part(self, block: int, begin: int, end: int, is_first: bool) -> Piece:
         """Tokens [begin, end) of a block; of one that a row only reaches into, no more than these are made."""
@@ -135,11 +137,12 @@ class TokenStream:
 
     def _encoded(self, rows: Sequence[Row | BadRow]) -> Piece:
         chunk = encoded_rows(self.encoder, rows)
-        return chunk.tokens, np.cumsum(chunk.lengths)
+        return chunk.tokens, chunk.ends
 
     def _rows(self, block: int) -> list[Row | BadRow]:
         file = self.files[self._index.file[block]]
-        found = next(read_blocks(file, self._index.place(block), counting.BLOCK_CHARACTERS), None)
+        place, cut = self._index.place(block), self.encoder.cut
+        found = next(read_blocks(file, place, counting.BLOCK_CHARACTERS, cut=cut), None)
         if found is None:
             raise self._changed(block)
         return found.rows

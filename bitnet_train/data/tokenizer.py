@@ -24,6 +24,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from bitnet_train.data.notices import say_once
+from bitnet_train.data.parts import CONTEXT, PART_CHARACTERS, places
 from bitnet_train.data.pieces import PieceEncoder, state_of
 from bitnet_train.data.template import bitnet_template, closing_token, renewed
 from bitnet_train.errors import UserError
@@ -204,11 +206,36 @@ class Tokenizer:
         """Ids of a text; the names of special tokens in it are text."""
         return self.encode_batch([text])[0]  # unlike `encode` of the library, without offsets: less than half the time
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over the cores."""
+    def encode_batch(self, texts: Sequence[str], continued: bool = False) -> list[list[int]]:
+        """`encode` of each text, spread over the cores.
+
+        Args:
+            continued: each text is the rest of one, which begins with no space of the tokenizer's.
+        """
         if self.has_words_for_names:
-            return [self.encode_pieces([self.quote(text)])[0] for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            before = ["a"] if continued else []
+            return [self.encode_pieces([*before, self.quote(text)])[-1] for text in texts]
+        backend = self._pieces.continuing if continued else self._backend
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def cut(self, window: str) -> int:
+        """Where to cut a long text so that the ids of both parts are those of the whole, see `data.parts`.
+
+        A place is tried on the characters around it. Blanks and line ends come first: few tokenizers reach over them.
+
+        Args:
+            window: the next `parts.WINDOW` characters.
+        """
+        for where in places(window):
+            left, right = window[where - CONTEXT : where], window[where : where + CONTEXT]
+            (whole, first), (second,) = (
+                self.encode_batch([left + right, left]),
+                self.encode_batch([right], continued=True),
+            )
+            if whole == first + second:
+                return where
+        say_once(f"a text has no end of a word within {PART_CHARACTERS:,} characters: it is cut there, inside a word")
+        return PART_CHARACTERS
 
     @property
     def has_words_for_names(self) -> bool:

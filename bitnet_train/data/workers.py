@@ -27,9 +27,16 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Chunk(NamedTuple):
-    """The sequences of consecutive rows: their lengths, their tokens joined, the row of each counted from 0."""
+    """The sequences of consecutive rows, joined.
 
-    lengths: np.ndarray
+    Attributes:
+        ends: int64, where sequences end in `tokens`; what follows the last end goes on in the next chunk.
+        tokens: uint32.
+        rows: int64, the row of each sequence that ends here, counted from 0.
+        counts: of the rows that end here.
+    """
+
+    ends: np.ndarray
     tokens: np.ndarray
     rows: np.ndarray
     counts: Counts
@@ -98,7 +105,8 @@ def _chunked(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     for row in rows:
         chunk.append(row)
         characters += characters_of(row)
-        if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+        last_part = row.ends and isinstance(row, Row) and not row.begins  # then what was made so far can be committed
+        if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS or last_part:
             yield chunk
             chunk, characters = [], 0
     if chunk:
@@ -114,21 +122,25 @@ def encoded_rows(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
         results[number] = encoded_row
         if not isinstance(encoded_row, UserError):
             unread.update(encoder.unread(row))
-    return _joined(results, unread)
+    return _joined(rows, results, unread)
 
 
-def _joined(results: Sequence[Encoded], unread: Iterable[str]) -> Chunk:
+def _joined(rows: Sequence[Row | BadRow], results: Sequence[Encoded], unread: Iterable[str]) -> Chunk:
     bad: list[str] = []
-    sequences: list[np.ndarray] = []
+    sequences: list[np.ndarray] = [np.empty(0, dtype=np.uint32)]
+    ends: list[int] = []
     numbers: list[int] = []
-    for number, result in enumerate(results):
+    number = size = 0
+    for row, result in zip(rows, results, strict=True):
         if isinstance(result, UserError):
             bad.append(str(result))
         else:
             sequences += result
-            numbers += [number] * len(result)
-    tokens = np.concatenate(sequences) if sequences else np.empty(0, dtype=np.uint32)
-    counts = Counts(len(results), len(tokens), len(bad), tuple(bad[:BAD_ROWS_NAMED]), tuple(sorted(unread)))
-    return Chunk(
-        np.array([len(s) for s in sequences], dtype=np.int64), tokens, np.array(numbers, dtype=np.int64), counts
-    )
+            for part in result:
+                size += len(part)
+                if row.ends:
+                    ends.append(size)
+                    numbers.append(number)
+        number += row.ends
+    counts = Counts(number, size, len(bad), tuple(bad[:BAD_ROWS_NAMED]), tuple(sorted(unread)))
+    return Chunk(np.array(ends, np.int64), np.concatenate(sequences), np.array(numbers, np.int64), counts)

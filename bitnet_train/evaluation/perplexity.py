@@ -19,6 +19,7 @@ import torch
 from bitnet_train.data.batches import label_bytes
 from bitnet_train.data.config import ChatData, Rows, TextData
 from bitnet_train.data.conversation import text_of
+from bitnet_train.data.parts import anywhere
 from bitnet_train.data.sources import read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
@@ -63,14 +64,14 @@ def evaluate(
         rows = ChatData(sequence_length=length, long_rows="error").rows(paths, tokenizer)
     nll_sum, tokens, size = total_nll(model, rows, tokenizer)
     if is_text and tokenizer.bos_token_id is not None:  # a tokenizer may lose characters that a text has
-        size = sum(len(text_of(row).encode()) for row in read_rows(paths))
+        size = sum(len(text_of(row).encode()) for row in read_rows(paths, cut=anywhere))
     nll = nll_sum / tokens
     bits_per_byte = nll_sum / math.log(2) / size
     return Likelihood(nll=nll, perplexity=math.exp(nll), bits_per_byte=bits_per_byte, tokens=tokens, bytes=size)
 
 
 def _holds_text(paths: str | list[str]) -> bool:
-    first = next(islice(read_rows(paths), 1))
+    first = next(islice(read_rows(paths, cut=anywhere), 1))
     return "text" in first.fields
 
 

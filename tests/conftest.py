@@ -11,6 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import hypothesis
 import numpy as np
 import pytest

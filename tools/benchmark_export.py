@@ -32,6 +32,9 @@ from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 from rich.console import Console
 from rich.table import Table

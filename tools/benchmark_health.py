@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 
 from benchmarking import synchronize

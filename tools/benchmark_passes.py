@@ -16,6 +16,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 
 from benchmark_step import passes_in_torch

@@ -30,6 +30,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 from rich.console import Console
 from rich.table import Table

@@ -28,6 +28,9 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import bitnet_train  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass

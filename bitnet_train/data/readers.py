@@ -77,6 +77,8 @@ _TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list
 ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 _ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
 _READ_AT_ONCE = 1 << 18  # bytes
+_EXPANDED_TIMES = 250  # text becomes three to ten times as large, a log that repeats itself fifty times
+_EXPANDED_BYTES = 1 << 28  # what is smaller does no harm
 
 
 def read_from(file: str, start: Place, on_read: Callable[[int], object] = int, cut: Cut | None = None) -> Placed:
@@ -95,7 +97,8 @@ def read_from(file: str, start: Place, on_read: Callable[[int], object] = int, c
     read, decompressed = _READERS[format_of(file)], _DECOMPRESSORS[_suffixes(file)[1]]
     try:
         with _open(file, on_read) as raw, decompressed(raw) as stream:
-            yield from read(stream, start, cut)
+            bounded = stream if stream is raw else io.BufferedReader(_Bounded(file, raw, stream), _READ_AT_ONCE)
+            yield from read(bounded, start, cut)
     except UserError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, *_ARROW_ERRORS) as error:
@@ -413,6 +416,33 @@ class _MeteredFile(io.FileIO):
         """Fills the buffer."""
         count = super().readinto(buffer)
         self._on_read(count or 0)
+        return count
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file holds.
+
+    Raises (while reading):
+        UserError: it is more than any text is compressed to.
+    """
+
+    def __init__(self, file: str, compressed: io.BufferedReader, stream: io.BufferedIOBase) -> None:
+        self._file, self._compressed, self._stream = file, compressed, stream
+        self._size = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: "Buffer", /) -> int:
+        """Fills the buffer."""
+        count = self._stream.readinto(buffer)
+        self._size += count
+        if self._size > max(_EXPANDED_BYTES, _EXPANDED_TIMES * self._compressed.tell()):
+            raise UserError(
+                f"{self._file}: decompresses to more than {_EXPANDED_TIMES} times its size, which no text does; look "
+                "at what it holds before you decompress it"
+            )
         return count
 
 

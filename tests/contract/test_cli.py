@@ -1,5 +1,6 @@
 """What programs and people rely on when they call the command without training."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.config import CONF_DIR, RECIPES_DIR
-from tests.support import environment
+from tests.support import ROOT, environment
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
@@ -31,6 +32,29 @@ def test_the_package_alone_imports_nothing_but_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert result.stdout.split() == ["bitnet_train"]
+
+
+@pytest.mark.parametrize(("own", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+    own: dict[str, str], found: str, tmp_path: Path
+) -> None:
+    variables = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"} | own
+    program = "import os, bitnet_train; print(os.environ['OMP_WAIT_POLICY'])"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == found
+
+
+@pytest.mark.parametrize(
+    "file", [*sorted((ROOT / "tools").glob("*.py")), ROOT / "tests/conftest.py"], ids=lambda f: f.name
+)
+def test_every_program_says_how_threads_wait_before_torch_is_loaded(file: Path) -> None:
+    """OpenMP reads the variable once, when the first library is loaded that it is linked to."""
+    nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes]
+    roots = [name.partition(".")[0] for name in names]
+    heavy = [roots.index(name) for name in ("torch", "lightning", "bitsandbytes", "transformers") if name in roots]
+    assert not heavy or "bitnet_train" in roots[: min(heavy)]
 
 
 def test_a_run_imports_neither_scipy_nor_transformers_and_leaves_them_to_others(tmp_path: Path) -> None:

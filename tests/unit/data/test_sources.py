@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import feather, ipc, parquet
 
+from bitnet_train.data import readers
 from bitnet_train.data.readers import START, read_from
 from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.errors import UserError
@@ -182,3 +183,21 @@ def test_offsets_in_a_saved_data_set_are_checked(tmp_path: Path) -> None:
     file.write_bytes(content.replace(struct.pack("<iii", 11, 22, 33), struct.pack("<iii", 2**30, 2**30 + 5, -7)))
     with pytest.raises(UserError, match="it may be damaged"):
         list(read_rows(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.xz", ".jsonl.zst", ".parquet.gz"])
+def test_a_file_that_expands_as_no_text_does_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_EXPANDED_BYTES", 1 << 20)
+    file = tmp_path / f"rows{suffix}"
+    file.write_bytes(COMPRESSIONS[file.suffix](b"\n" * (4 << 20)))
+    with pytest.raises(UserError, match=f"{file}: decompresses to more than 250 times its size"):
+        list(read_rows(str(file)))
+
+
+def test_what_repeats_itself_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_EXPANDED_BYTES", 1 << 16)
+    file = tmp_path / "log.jsonl.gz"
+    file.write_bytes(gzip.compress(b"".join(b'{"text": "request %d served"}\n' % number for number in range(20_000))))
+    assert len(list(read_rows(str(file)))) == 20_000

@@ -1,12 +1,16 @@
 """What a user got wrong, said in one line.
 
 A command ends with exit code 0 (done), 2 (the user's configuration or data is wrong: one line, no traceback) or
-anything else (a failure: the traceback). `UserError` is how any part of the package asks for code 2, and `RunFailed`
-how a run ends with code 1 where the cause is known and one line says it.
+anything else (a failure: the traceback; silently with 141 where nobody reads the output any more, as in `| head`).
+`UserError` is how any part of the package asks for code 2, and `RunFailed` how a run ends with code 1 where the cause
+is known and one line says it.
 """
 
 import argparse
+import errno
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,6 +18,7 @@ from typing import NoReturn
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
+EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 class UserError(ValueError):
@@ -45,6 +50,11 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; Python gives bytes that are no UTF-8 to a program as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def report(error: UserError) -> None:
     """The one line, on standard error."""
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
@@ -53,7 +63,33 @@ def report(error: UserError) -> None:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command-line entry point and turns its outcome into an exit code (see the module's text)."""
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         report(error)
-        sys.exit(EXIT_USER_ERROR)
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if _takes_output():
+            raise
+        code = _without_output(error)
+    sys.exit(code)
+
+
+def _takes_output() -> bool:
+    """Whether standard output can still be written; where it cannot, that is what failed."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _without_output(error: OSError) -> int:
+    """The exit code where standard output takes no more: of a closed pipe, silently, that of a program it killed."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is left is written when Python ends
+    if error.errno == errno.EPIPE:
+        return EXIT_CLOSED_PIPE
+    report(UserError(f"standard output cannot be written ({error.strerror}); make room or write elsewhere"))
+    return EXIT_USER_ERROR

@@ -41,7 +41,8 @@ from bitnet_train.data.encoding import TextEncoder
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
 from bitnet_train.data.workers import available_cores
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
+from bitnet_train.options import number
 
 Result = dict[str, float]
 _BATCH = 1000  # texts per call, the default of datasets.map
@@ -249,8 +250,10 @@ def table(results: dict[str, Result | None]) -> Table:
 
 def main() -> None:
     """Reads the command line, measures every way, prints the table."""
-    parser = argparse.ArgumentParser(description="Benchmark tokenization, the token cache and reading it.")
-    parser.add_argument("--megabytes", type=float, default=50, help="size of the text (default: %(default)s)")
+    parser = ArgumentParser(description="Benchmark tokenization, the token cache and reading it.")
+    parser.add_argument(
+        "--megabytes", type=number(1e-3, 1e6), default=50, help="size of the text (default: %(default)s)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: a BPE of 8,192 tokens)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")

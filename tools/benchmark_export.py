@@ -41,7 +41,7 @@ from rich.table import Table
 
 from benchmarking import Spread, ratios, resident_bytes, write_results
 from bitnet_train.data.tokenizer import train_bpe
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.export.cli import run as export_command
 from bitnet_train.formats.atomic import fsync
 from bitnet_train.formats.hf_folder import CONFIG
@@ -49,6 +49,7 @@ from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.safetensors_file import WEIGHTS, LazyTensors, TensorInfo, write_weights
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, tensor_shapes
+from bitnet_train.options import integer
 
 _CHUNK = 1 << 22
 _WIDTH = 150
@@ -186,16 +187,16 @@ def _table(rounds: Sequence[Mapping[str, Figure]]) -> Table:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time and memory of an export.")
+    parser = ArgumentParser(description="Time and memory of an export.")
     released = BitNetConfig()
-    parser.add_argument("--layers", type=int, default=released.num_hidden_layers)
-    parser.add_argument("--hidden", type=int, default=released.hidden_size)
-    parser.add_argument("--intermediate", type=int, default=released.intermediate_size)
-    parser.add_argument("--vocab", type=int, default=released.vocab_size)
-    parser.add_argument("--heads", type=int, default=released.num_attention_heads)
-    parser.add_argument("--kv-heads", type=int, default=released.num_key_value_heads)
+    parser.add_argument("--layers", type=integer(1), default=released.num_hidden_layers)
+    parser.add_argument("--hidden", type=integer(1), default=released.hidden_size)
+    parser.add_argument("--intermediate", type=integer(1), default=released.intermediate_size)
+    parser.add_argument("--vocab", type=integer(1), default=released.vocab_size)
+    parser.add_argument("--heads", type=integer(1), default=released.num_attention_heads)
+    parser.add_argument("--kv-heads", type=integer(1), default=released.num_key_value_heads)
     parser.add_argument("--folder", type=Path, help="where to write (default: the folder for temporary files)")
-    parser.add_argument("--repeat", type=int, default=1, help="rounds")
+    parser.add_argument("--repeat", type=integer(1), default=1, help="rounds")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--way", nargs=3, metavar=("NAME", "SRC", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -21,10 +21,11 @@ import torch
 
 from benchmarking import synchronize
 from bitnet_train.data.batches import TokenBatch
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.options import integer
 from bitnet_train.stages.pretrain import Pretrain
 from bitnet_train.training.health import TernaryHealth
 
@@ -79,10 +80,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Reads the command line, measures and prints."""
-    parser = argparse.ArgumentParser(description="Cost of the ternary health.")
+    parser = ArgumentParser(description="Cost of the ternary health.")
     sizes = {"hidden": 512, "layers": 2, "rows": 8, "length": 256, "every": 50, "rounds": 7}
     for name, value in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+        parser.add_argument(f"--{name}", type=integer(1), default=value, metavar="N", help=f"default {value}")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     result = measure(arguments)

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarking import Spread, ratios, resident_bytes, synchronize
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.losses.tokens import cross_entropy_sum, token_logps
 from bitnet_train.memory import keep_freed_memory
+from bitnet_train.options import integer
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -98,11 +100,11 @@ def peak_bytes(name: str, vocab: int, hidden: int, tokens: int, device: str) -> 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=integer(1), default=128256)
+    parser.add_argument("--hidden", type=integer(1), default=1024)
+    parser.add_argument("--tokens", type=integer(1), default=4096)
+    parser.add_argument("--rounds", type=integer(1), default=3)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (arguments.vocab, arguments.hidden, arguments.tokens, device)
@@ -121,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,10 +24,11 @@ import torch
 from benchmark_step import passes_in_torch
 from benchmarking import Spread, context_line, ratios, synchronize, write_results
 from bitnet_train import fused
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.fused import Norm, stack
 from bitnet_train.losses import tokens as loss
 from bitnet_train.model.rope import rotate, rotation
+from bitnet_train.options import integer
 from bitnet_train.quant import quantize_weight
 
 
@@ -95,10 +96,10 @@ def compare(one: Pass, rounds: int, device: str) -> tuple[list[float], list[floa
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"tokens": 1024, "hidden": 2560, "inner": 6912, "vocab": 128256, "rounds": 7}
     for name, value in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+        parser.add_argument(f"--{name}", type=integer(1), default=value, metavar="N", help=f"default {value}")
     parser.add_argument("--json", type=Path, help="also write the seconds to this file")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

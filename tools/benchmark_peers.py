@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarking import Spread, context_line, ratios, unavailable, write_results
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.options import integer
 from peers.prepare import prepare, words_of
 from peers.process import WARM_UP, Process, Run, fresh_folder
 from peers.task import MODEL, Task
@@ -205,12 +206,16 @@ def starts_text(starts: Sequence[float]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=CONTESTANTS, metavar="STAGE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps, a round each (default: %(default)s)")
-    parser.add_argument("--starts", type=int, default=3, help="starts besides the measurement's (default: %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=5, help="steps between held-out losses, not timed")
+    parser.add_argument(
+        "--steps", type=integer(1), default=30, help="optimizer steps, a round each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--starts", type=integer(0), default=3, help="starts besides the measurement's (default: %(default)s)"
+    )
+    parser.add_argument("--eval-every", type=integer(1), default=5, help="steps between held-out losses, not timed")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="default: all; bitnet_train is always one")
     parser.add_argument("--caches", type=Path, help="folder of the caches (default: a temporary one, empty at first)")
     parser.add_argument("--json", type=Path, help="write all runs to this file")

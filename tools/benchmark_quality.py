@@ -32,8 +32,9 @@ from rich.table import Table
 
 import bitnet_train.training.run  # noqa: F401  (imported once, for all the runs that are forked from this process)
 from bitnet_train import cli
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.options import integer
 
 DATA = Path("runs/quickstart/data")
 QUIETLY = ("checkpoint_every=100000", "health_every=0", "val_every=100000")
@@ -170,11 +171,11 @@ def show(results: dict[str, dict[str, float]], seeds: int) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Quality of small BitNets and their variants, over several seeds.")
+    parser = ArgumentParser(description="Quality of small BitNets and their variants, over several seeds.")
     names = ", ".join(FIGURES)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=names)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=120, help="of pre-training; SFT has half, DPO a tenth")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="number of seeds")
+    parser.add_argument("--steps", type=integer(1), default=120, help="of pre-training; SFT has half, DPO a tenth")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_quality"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every pre-training run")

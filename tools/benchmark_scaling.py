@@ -40,11 +40,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet_train import config as configuration
 from bitnet_train.data.batches import TokenBatch
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.skeleton import skeleton
+from bitnet_train.options import integer, number
 from bitnet_train.stages.pretrain import Pretrain
 from bitnet_train.training.low_bit import gather_codes, refresh_scales
 from bitnet_train.training.sharding import shard
@@ -245,15 +247,17 @@ def calculated(name: str, gigabytes: float) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Tokens/s and bytes of DDP, FSDP2 and FSDP2 with codes on the wire.")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--rows", type=int, default=2, help="per process and step")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=8)
+    parser = ArgumentParser(description="Tokens/s and bytes of DDP, FSDP2 and FSDP2 with codes on the wire.")
+    parser.add_argument("--hidden", type=integer(1), default=1024)
+    parser.add_argument("--layers", type=integer(1), default=2)
+    parser.add_argument("--vocab", type=integer(1), default=8192)
+    parser.add_argument("--rows", type=integer(1), default=2, help="per process and step")
+    parser.add_argument("--length", type=integer(1), default=256)
+    parser.add_argument("--steps", type=integer(1), default=8)
     parser.add_argument("--model", default="2b4t", help="of conf/model, for the calculation")
-    parser.add_argument("--link-gigabytes", type=float, default=50.0, help="GB/s of each rank (400 Gb/s by default)")
+    parser.add_argument(
+        "--link-gigabytes", type=number(1e-3), default=50.0, help="GB/s of each rank (400 Gb/s by default)"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -289,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarking import Spread, context_line, ratios, synchronize, unavailable, write_results
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.kernels import gpu, native
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.memory import keep_freed_memory
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetDecoderLayer, BitNetForCausalLM
+from bitnet_train.options import integer
 from bitnet_train.quant import bit_linear
 
 HEADS = {1024: (16, 4, 2816), 2560: (20, 5, 6912)}  # hidden size: heads, heads of keys and values, intermediate size
@@ -279,12 +280,12 @@ def print_table(shape: str, tokens: int, figures: dict[str, Figures]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1024x4", "2560x2"], help="hidden size x layers")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
-    parser.add_argument("--seq", type=int, default=512, help="tokens a row")
-    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary of the (dense) embedding and head")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=integer(1), default=2048, help="tokens a step")
+    parser.add_argument("--seq", type=integer(1), default=512, help="tokens a row")
+    parser.add_argument("--vocab", type=integer(1), default=4096, help="vocabulary of the (dense) embedding and head")
+    parser.add_argument("--rounds", type=integer(1), default=7)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that can run here")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()

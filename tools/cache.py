@@ -3,16 +3,16 @@
 python tools/cache.py [--cache-dir DIR] [--keep GB]        lists; with --keep, removes what was not used for longest
 """
 
-import argparse
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_train.data.config import default_cache_dir
 from bitnet_train.data.eviction import Entry, entries, evict
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.options import number
+from bitnet_train.user_cache import user_cache
 
 
 def table(listed: list[Entry], title: str) -> Table:
@@ -31,9 +31,11 @@ def megabytes(listed: list[Entry]) -> str:
 
 def main() -> None:
     """Reads the command line, removes, and shows what is left."""
-    parser = argparse.ArgumentParser(description="List the cache of tokens and DPO references, or make room in it.")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="default: %(default)s")
-    parser.add_argument("--keep", type=float, metavar="GB", help="remove the least recently used beyond so many GB")
+    parser = ArgumentParser(description="List the cache of tokens and DPO references, or make room in it.")
+    parser.add_argument("--cache-dir", type=Path, default=user_cache(), help="default: %(default)s")
+    parser.add_argument(
+        "--keep", type=number(0, 1e9), metavar="GB", help="remove the least recently used beyond so many GB"
+    )
     arguments = parser.parse_args()
     if not arguments.cache_dir.is_dir():
         raise UserError(f"--cache-dir {arguments.cache_dir}: no such folder; name the data.cache_dir of your runs")

@@ -4,16 +4,15 @@ pip download --no-deps llama-models==0.3.0 && unzip -j llama_models-*.whl llama_
 python tools/convert_tokenizer.py tokenizer.model OUT
 """
 
-import argparse
 from pathlib import Path
 
 from bitnet_train.data.llama3 import from_tiktoken
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 
 
 def main() -> None:
     """Reads the command line, writes OUT/tokenizer.json and OUT/tokenizer_config.json."""
-    parser = argparse.ArgumentParser(description="Convert LLaMA-3's tokenizer.model to tokenizer.json.")
+    parser = ArgumentParser(description="Convert LLaMA-3's tokenizer.model to tokenizer.json.")
     parser.add_argument("model", metavar="TOKENIZER.MODEL", type=Path, help="tiktoken's format, 128,000 ranks")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the result")
     arguments = parser.parse_args()

@@ -3,7 +3,6 @@
 python tools/inspect_batch.py +recipe=NAME [key=value ...] [--step N]        (FORCE_COLOR=1 colours pipes, too)
 """
 
-import argparse
 from pathlib import Path
 
 import hydra
@@ -16,8 +15,9 @@ from bitnet_train import config as configuration
 from bitnet_train.data.inspection import batch_lines, summary
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.model.pretrained import source_folder
+from bitnet_train.options import integer
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -51,9 +51,9 @@ def _tokenizer_folder(tokenizer: str | None, init_from: str | None) -> Path:
 
 def main() -> None:
     """Reads the command line, prints the first micro-batch of a step."""
-    parser = argparse.ArgumentParser(description="Show a batch as training reads it.")
+    parser = ArgumentParser(description="Show a batch as training reads it.")
     parser.add_argument("overrides", nargs="+", help="as for python -m bitnet_train")
-    parser.add_argument("--step", type=int, default=0, help="optimizer step (default: %(default)s)")
+    parser.add_argument("--step", type=integer(0), default=0, help="optimizer step (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
     data, tokenizer = data_of(composed(arguments.overrides))
     data.first_step, data.steps = arguments.step, arguments.step + 1

@@ -17,7 +17,6 @@ rules. The recipes do not use code/: tools/benchmark_quality.py does, because ba
 All of it follows from the versions of Python and ruff and from the options; nothing is done where these are unchanged.
 """
 
-import argparse
 import ast
 import hashlib
 import importlib.metadata
@@ -38,8 +37,9 @@ from pydoc_data.topics import topics
 from bitnet_train.data.chat import encode_chat
 from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer, train_bpe
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.formats.atomic import atomic_folder
+from bitnet_train.options import integer
 
 Texts = dict[str, str]  # name -> text
 
@@ -377,11 +377,11 @@ def is_current(out: Path, key: Mapping[str, str]) -> bool:
 
 def main() -> None:
     """Reads the command line, and builds what is not there."""
-    parser = argparse.ArgumentParser(
-        description="Prepare the quickstart's data from Python's library and ruff's pages."
-    )
+    parser = ArgumentParser(description="Prepare the quickstart's data from Python's library and ruff's pages.")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart/data"), help="folder (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=integer(1, 1 << 24), default=4096, help="a multiple of 128 (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.vocab_size < 384 or arguments.vocab_size % 128:
         raise UserError(f"--vocab-size must be a multiple of 128 and at least 384, got {arguments.vocab_size}")

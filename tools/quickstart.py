@@ -5,7 +5,6 @@
 Everything lies under runs/quickstart/. A part that is done is not done again, and one that was killed goes on.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.evaluation.perplexity import Likelihood, evaluate
 from bitnet_train.export import ExportResult, export, verify
 from bitnet_train.generate import Sampling, complete
@@ -137,9 +136,7 @@ def _english() -> Likelihood:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Train, export, verify and sample a small BitNet under runs/quickstart."
-    )
+    parser = ArgumentParser(description="Train, export, verify and sample a small BitNet under runs/quickstart.")
     parser.add_argument("overrides", nargs="*", help="given to every stage, for example max_steps=4")
     overrides = parser.parse_args().overrides
     if not HAS_BFLOAT16:

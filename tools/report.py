@@ -3,17 +3,16 @@
 python tools/report.py RUN [OUT.html]        OUT is RUN/report.html if left out
 """
 
-import argparse
 from pathlib import Path
 
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.report import report
 
 
 def main() -> None:
     """Reads the command line and writes the page."""
-    parser = argparse.ArgumentParser(description="Draw loss, schedules, throughput and ternary health of a run.")
+    parser = ArgumentParser(description="Draw loss, schedules, throughput and ternary health of a run.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory, also of a run that is still going on")
     parser.add_argument("out", metavar="OUT.html", type=Path, nargs="?", help="the page; RUN/report.html if left out")
     arguments = parser.parse_args()

@@ -7,7 +7,6 @@ while it starts; of several ranks, the launcher or any of them. At the end both 
 the same events in metrics.jsonl (but for what depends on the clock) and the same files. Exit code 1 if they do not.
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitnet_train.data.tokenizer import train_bpe
-from bitnet_train.errors import UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.options import integer, seed
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 3  # steps between checkpoints
@@ -82,10 +82,10 @@ class Soak(NamedTuple):
 
 def main() -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--ranks", type=int, default=1, help="processes, trained by DDP on the CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=integer(0), default=30)
+    parser.add_argument("--ranks", type=integer(1), default=1, help="processes, trained by DDP on the CPU")
+    parser.add_argument("--seed", type=seed, default=0, help="of the moments of the kills")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file too")
     options = parser.parse_args()
     if options.kills < 1 or options.ranks < 1:

@@ -3,7 +3,6 @@
 python tools/train_tokenizer.py OUT --data rows.jsonl more/ --vocab-size 32000
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +11,18 @@ from bitnet_train.data.parts import at_blanks
 from bitnet_train.data.preference import pair_of
 from bitnet_train.data.sources import Row, read_rows
 from bitnet_train.data.tokenizer import train_bpe
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
+from bitnet_train.options import integer
 
 
 def main() -> None:
     """Reads the command line, writes OUT/tokenizer.json and OUT/tokenizer_config.json."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser = ArgumentParser(description="Train a byte-level BPE tokenizer.")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the result")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="texts, conversations or preferences")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="special tokens included (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=integer(1, 1 << 24), default=32_000, help="special tokens included (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     rows = read_rows(arguments.data, cut=at_blanks)
     tokenizer = train_bpe((text for row in rows for text in texts(row)), arguments.vocab_size)

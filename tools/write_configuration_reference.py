@@ -9,7 +9,6 @@ python tools/write_configuration_reference.py [OUT.md]        OUT is docs/config
 Where no class says what a key means, the comment beside it in the YAML does.
 """
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 
 import bitnet_train
 from bitnet_train.config import CONF_DIR, RunConfig
-from bitnet_train.errors import run_command
+from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.formats.atomic import atomic_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -221,7 +220,7 @@ def page() -> str:
 
 def main() -> None:
     """Reads the command line and writes the page."""
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from the code.")
+    parser = ArgumentParser(description="Write docs/configuration.md from the code.")
     parser.add_argument("out", metavar="OUT.md", type=Path, nargs="?", default=PAGE, help="default: %(default)s")
     out = parser.parse_args().out
     out.parent.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 paths -> `sources_of` -> `cache.tokenized` (or `streaming.TokenStream`) -> `mixture` -> `packing`
 """
 
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from bitnet_train.data.store import TokenStore
 from bitnet_train.data.streaming import StreamedRows, TokenStream
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
+from bitnet_train.user_cache import user_cache
 
 
 class Rows(Protocol):
@@ -74,11 +74,6 @@ def _path_and_weight(entry: Any, field: str) -> tuple[str, float | None]:
     return str(entry["path"]), float(weight)
 
 
-def default_cache_dir() -> Path:
-    """bitnet_train in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
-
-
 @dataclass(frozen=True)
 class DataConfig(ABC):
     """What every kind of data is configured by.
@@ -116,7 +111,7 @@ class DataConfig(ABC):
     @property
     def cache_path(self) -> Path:
         """The folder of the cache."""
-        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        return user_cache() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
     def rows(self, entry: Any, tokenizer: Tokenizer, field: str = "data.train") -> Rows:
         """Reads, tokenizes and arranges what `sources_of` finds in the entry."""

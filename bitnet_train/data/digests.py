@@ -6,6 +6,7 @@ the file system's clock would go unseen (git's index knows the same race).
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def file_digest(file: Path, memory: Path) -> str:
     stat = file.stat()
     if stat.st_size < _WORTH_REMEMBERING:
         return sha256_of(file)
-    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
     entry, stamp = memory / f"{name}.json", [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     known = _read(entry)
     if known and known["stamp"] == stamp:

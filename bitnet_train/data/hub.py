@@ -1,9 +1,9 @@
 """Data sets of the Hugging Face hub: owner/name[:config][@split], read as a stream."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from bitnet_train.data.parts import Cut
 from bitnet_train.data.readers import ROWS_AT_ONCE, START, Placed, is_readable, rows_of
@@ -14,7 +14,7 @@ _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is no local path but reads like owner/name[:config][@split]."""
-    return bool(_HUB_ID.fullmatch(name)) and not is_readable(name) and not Path(name).exists()
+    return bool(_HUB_ID.fullmatch(name)) and not is_readable(name) and not os.path.lexists(name)
 
 
 def hub_revision(name: str) -> str:

@@ -13,8 +13,11 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
+from bitnet_train.data.entries import check_entry, check_name, is_broken_link, unreadable
 from bitnet_train.data.hub import is_hub_id
 from bitnet_train.data.notices import say_once
 from bitnet_train.data.readers import FORMATS, format_of, is_readable
@@ -44,7 +47,8 @@ def expand(paths: str | Sequence[str]) -> list[str]:
     """The files, saved data sets and hub ids that names stand for, sorted and once each: the same on every machine.
 
     Raises:
-        UserError: a path or a glob that matches nothing, a file of an unknown format, a split that is not there.
+        UserError: a path or a glob that matches nothing, a broken link, a pipe, a file of an unknown format, a split
+            that is not there.
     """
     names = [paths] if isinstance(paths, str) else paths
     files = sorted({file for name in names for file in _expand_one(str(name))})
@@ -62,23 +66,28 @@ def size_of(name: str) -> int | None:
 
 
 def _expand_one(name: str) -> list[str]:
-    path = Path(name)
-    if path.is_file():
-        format_of(name)
-        return [name]
+    check_name(name)
+    if os.path.lexists(name):
+        return _existing(name)
     folder, _, split = name.rpartition("@")
-    if not path.exists() and folder and Path(folder).is_dir():
+    if folder and os.path.isdir(folder):
         return _in_folder(Path(folder), split)
     if is_hub_id(name):
         return [name]
-    if path.is_dir():
-        return _in_folder(path, None)
     files = [file for match in glob.glob(name, recursive=True) for file in _expand_one(match)]
     if not files:
         raise UserError(
             f"{name}: no such file or folder, and as a glob it matches nothing; check the path (a hub id is owner/name)"
         )
     return files
+
+
+def _existing(name: str) -> list[str]:
+    check_entry(Path(name))
+    if os.path.isdir(name):
+        return _in_folder(Path(name), None)
+    format_of(name)
+    return [name]
 
 
 def _in_folder(folder: Path, split: str | None) -> list[str]:
@@ -120,7 +129,7 @@ def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
         no_rows: gets the names of files of known formats that are left alone.
     """
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         here, real = Path(root), os.path.realpath(root)
         files.sort()
         if real in seen or CACHE_TAG in files or ".hydra" in folders:  # a circle of links, a cache, a run directory
@@ -135,12 +144,21 @@ def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
             yield str(here)
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in files:
-                file = os.path.realpath(here / name)
-                if name.startswith(".") or not is_readable(name) or not os.path.isfile(file):
-                    continue
+            for name in filter(partial(_may_hold_rows, here), files):
                 if _NO_ROWS.fullmatch(name):
                     no_rows.append(name)
-                elif file not in seen:  # no link beside its file
+                    continue
+                check_entry(here / name)
+                file = os.path.realpath(here / name)
+                if file not in seen:  # no link beside its file
                     seen.add(file)
                     yield str(here / name)
+
+
+def _may_hold_rows(folder: Path, name: str) -> bool:
+    """Whether a file is of a known format; a broken link may have led to a folder, whatever its name."""
+    return not name.startswith(".") and (is_readable(name) or is_broken_link(folder / name))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise unreadable(error.filename, error)

@@ -447,7 +447,10 @@ class _Bounded(io.RawIOBase):
 
 
 def _open(file: str, on_read: Callable[[int], object]) -> io.BufferedReader:
-    return io.BufferedReader(_MeteredFile(file, on_read))
+    try:
+        return io.BufferedReader(_MeteredFile(file, on_read))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
 def _plain(raw: io.BufferedReader) -> io.BufferedIOBase:

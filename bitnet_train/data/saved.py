@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitnet_train.data.parts import Cut
+from bitnet_train.data.entries import check_entry
 from bitnet_train.data.readers import ROWS_AT_ONCE, Place, Placed, rows_of
 from bitnet_train.errors import UserError
 
@@ -46,7 +47,7 @@ def files_of(folder: Path) -> list[Path]:
     """The files that a data set consists of.
 
     Raises:
-        UserError: state.json is damaged.
+        UserError: state.json is damaged, or what it names is no file.
     """
     state = folder / "state.json"
     entries = _object(state).get("_data_files")
@@ -55,7 +56,10 @@ def files_of(folder: Path) -> list[Path]:
     )
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"{state}: _data_files must name the files of the data set, got {entries!r}; save it again")
-    return [state, folder / "dataset_info.json", *(folder / str(name) for name in names)]
+    files = [state, folder / "dataset_info.json", *(folder / str(name) for name in names)]
+    for file in files:
+        check_entry(file)
+    return files
 
 
 def read_saved(folder: str, start: Place, on_read: Callable[[int], object] = int, cut: Cut | None = None) -> Placed:

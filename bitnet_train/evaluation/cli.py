@@ -11,8 +11,9 @@ Together they are one object with an entry for each, paths without a name under 
 import argparse
 import importlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.evaluation.tasks import evaluate_task
 from bitnet_train.generate.loading import load
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.options import integer
 
 Figures = dict[str, Mapping[str, object]]  # of every set and task
 
@@ -37,15 +39,6 @@ _BELONGS = {
 }
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
-        return int(text)
-
-    return integer
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bitnet-evaluate", description="Measure a BitNet model; one JSON object on stdout.")
     add = parser.add_argument
@@ -53,21 +46,21 @@ def _parser() -> ArgumentParser:
     add("--data", nargs="+", default=[], metavar="[NAME=]PATH", help="documents or conversations: nll, bits per byte")
     add(
         "--sequence-length",
-        type=_at_least(1),
+        type=integer(1),
         metavar="N",
         help="--data: positions per row (default: the context)",
     )
     add("--tasks", nargs="+", default=[], metavar="[NAME=]PATH", help="rows with choices or prompts, and answers")
-    add("--max-new-tokens", type=_at_least(1), default=64, metavar="N", help="--tasks: of a text (default: 64)")
+    add("--max-new-tokens", type=integer(1), default=64, metavar="N", help="--tasks: of a text (default: 64)")
     add("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness (extra `eval`)")
-    add("--include-path", type=Path, metavar="DIR", help="--lm-eval: a folder with task YAMLs of your own")
+    add("--include-path", type=Path, metavar="DIR", help="--lm-eval: a folder with tasks of your own; their code runs")
     add(
         "--num-fewshot",
-        type=_at_least(0),
+        type=integer(0),
         metavar="N",
         help="--lm-eval: examples before a question (default: the task's)",
     )
-    add("--limit", type=_at_least(1), metavar="N", help="--lm-eval: rows of each task (default: all)")
+    add("--limit", type=integer(1), metavar="N", help="--lm-eval: rows of each task (default: all)")
     add("--chat", action="store_true", help="--tasks, --lm-eval: send texts through the chat template")
     return parser
 
@@ -120,7 +113,7 @@ def _option(name: str) -> str:
 def _split(argument: str, default: str) -> tuple[str, str]:
     """Name and path of NAME=PATH; the default where there is no name, or where the whole is a path."""
     match = _NAMED.fullmatch(argument)
-    return (default, argument) if match is None or Path(argument).exists() else (match["name"], match["path"])
+    return (default, argument) if match is None or os.path.lexists(argument) else (match["name"], match["path"])
 
 
 def _sets(arguments: Sequence[str]) -> dict[str, list[str]]:

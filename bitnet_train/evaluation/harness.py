@@ -10,16 +10,18 @@ do, which a mark in the text keeps apart; names of special tokens count as contr
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from bitnet_train.data.chat import chat_pieces
 from bitnet_train.data.conversation import Message
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, is_utf8
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
 from bitnet_train.generate import Sampling, stream, until
 from bitnet_train.generate.loading import load
@@ -29,8 +31,11 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
+    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is not installed ({error}): pip install 'bitnet-train[eval]'") from error
@@ -38,7 +43,32 @@ except ImportError as error:
 T = TypeVar("T")
 Figures = dict[str, float | str]
 
+_OURS = __name__.partition(".")[0]
 _ANSWER = "\ufdd4"  # a code point that Unicode keeps out of text: an answer begins or ends here
+
+
+class Generation(NamedTuple):
+    """How a task wants a text to be written, its `generation_kwargs`."""
+
+    max_new_tokens: int
+    how: Sampling
+    until: list[str]
+
+    @classmethod
+    def of(cls, options: Any, default_max_new_tokens: int) -> "Generation":
+        """Checks and completes what a task's YAML says. Raises UserError."""
+        try:
+            known = normalize_gen_kwargs(options, default_max_new_tokens)
+            temperature = float(known.get("temperature", 0.0))
+            top_p = 1.0 if known.get("top_p") is None else float(known["top_p"])
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"generation_kwargs cannot be read ({error}), got {options}") from None
+        if known["max_gen_toks"] < 1:
+            raise UserError(f"max_gen_toks must be at least 1, got {known['max_gen_toks']}")
+        until = list(filter(None, known["until"]))
+        if not all(isinstance(string, str) for string in until):
+            raise UserError(f"until must be a list of strings, got {until}")
+        return cls(known["max_gen_toks"], Sampling(temperature, top_p), until)
 
 
 class BitNetLM(LM):  # type: ignore[misc]
@@ -63,15 +93,20 @@ class BitNetLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
-        pairs = [self._request(*request.args) for request in requests]
-        for pair in pairs:
-            check_fits(self.model, pair)
+        pairs = []
+        for request in requests:
+            with _named(request):
+                pairs.append(self._request(*_texts(*request.args)))
+                check_fits(self.model, pairs[-1])
         found = [(logp, is_greedy) for logp, is_greedy in score(self.model, pairs)]
         return self._cached("loglikelihood", requests, found)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """log p of each text in nats, every token predicted once with as much context as fits."""
-        windows = [self._windows(*request.args) for request in requests]
+        windows = []
+        for request in requests:
+            with _named(request):
+                windows.append(self._windows(*_texts(*request.args)))
         scores = iter(score(self.model, [window for of_text in windows for window in of_text]))
         found = [sum(next(scores).logp for _ in of_text) for of_text in windows]
         return self._cached("loglikelihood_rolling", requests, found)
@@ -80,8 +115,9 @@ class BitNetLM(LM):  # type: ignore[misc]
         """What follows each context, up to a stop string, a stop token or max_gen_toks."""
         found: list[str] = []
         for request in requests:
-            context, options = request.args
-            text = self._generate(context, normalize_gen_kwargs(options, self.max_gen_toks))
+            with _named(request):
+                (context,), options = _texts(request.args[0]), request.args[1]
+                text = self._generate(context, Generation.of(options, self.max_gen_toks))
             found += self._cached("generate_until", [request], [text])
         return found
 
@@ -130,12 +166,28 @@ class BitNetLM(LM):  # type: ignore[misc]
         windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.prefix_token_id, length, context_len=1)
         return [Request(*make_disjoint_window(window)) for window in windows]
 
-    def _generate(self, context: str, options: Mapping[str, Any]) -> str:
-        new_tokens = min(options["max_gen_toks"], self.max_length // 2)
+    def _generate(self, context: str, wanted: Generation) -> str:
+        new_tokens = min(wanted.max_new_tokens, self.max_length // 2)
         ids = self._context_ids(context)[new_tokens - self.max_length :]
-        how = Sampling(options.get("temperature", 0.0), options.get("top_p", 1.0))
-        pieces = stream(self.model, self.tokenizer, ids, new_tokens, how, self.generator)
-        return until(pieces, [string for string in options["until"] if string])
+        pieces = stream(self.model, self.tokenizer, ids, new_tokens, wanted.how, self.generator)
+        return until(pieces, wanted.until)
+
+
+@contextlib.contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Puts the task and the row, as the harness counts them from 0, in front of a UserError from the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"task {request.task_name}, row {request.doc_id}: {error}") from None
+
+
+def _texts(*values: object) -> list[str]:
+    """What a task made of a row. Raises UserError where it is no text."""
+    texts = [value for value in values if isinstance(value, str) and is_utf8(value)]
+    if len(texts) < len(values):
+        raise UserError(f"the task must make texts of a row, got {values}")
+    return texts
 
 
 def run_tasks(
@@ -157,12 +209,31 @@ def run_tasks(
         chat: prompts are sent through the chat template.
 
     Raises:
-        UserError: no such task, or its data is out of reach.
+        UserError: no such task, its data is out of reach, its YAML, code or rows are wrong.
     """
+    try:
+        results = _evaluate(BitNetLM(model, tokenizer), tasks, include_path, num_fewshot, limit, chat)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        raise _fault_of_task(error, tasks) from error
+    return dict(results["results"])
+
+
+def _evaluate(
+    model: BitNetLM,
+    tasks: Sequence[str],
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+) -> dict[str, Any]:
     manager = _task_manager(tasks, include_path)
-    with contextlib.redirect_stdout(sys.stderr), _reading_data():  # standard output is for the figures
-        results = simple_evaluate(
-            model=BitNetLM(model, tokenizer),
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the figures
+        results: dict[str, Any] = simple_evaluate(
+            model=model,
             tasks=manager.match_tasks(list(tasks)),
             task_manager=manager,
             num_fewshot=num_fewshot,
@@ -170,16 +241,42 @@ def run_tasks(
             apply_chat_template=chat,
             log_samples=False,
         )
-    return dict(results["results"])
+    return results
 
 
-@contextlib.contextmanager
-def _reading_data() -> Iterator[None]:
-    """What goes wrong with files and the hub becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--lm-eval: the data of a task cannot be read ({type(error).__name__}: {error})") from error
+def _frames(error: Exception) -> list[FrameType]:
+    """Where an exception passed, the place that raised it last."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package failed, before it called the harness or called by it, and not what the harness ran."""
+    ours = [str(frame.f_globals.get("__name__")).partition(".")[0] == _OURS for frame in _frames(error)]
+    return False not in ours or any(ours[ours.index(False) :])
+
+
+def _fault_of_task(error: Exception, tasks: Sequence[str]) -> UserError:
+    """What a task's YAML, code or rows led to, with the place, which helps who wrote code of their own."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    said = "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    name = _task_of(error) or ", ".join(tasks)
+    return UserError(f"--lm-eval {name}: the task failed at {where} ({said}); check its YAML, its code and its rows")
+
+
+def _task_of(error: Exception) -> str | None:
+    """The name of the task that was read or run, as the harness's functions hold it."""
+    for frame in reversed(_frames(error)):
+        for value in frame.f_locals.values():
+            name = value.name if isinstance(value, Entry) else None
+            if isinstance(value, Task):
+                name = getattr(getattr(value, "_config", None), "task", None)  # it may be half made
+            if name is not None:
+                return str(name)
+    return None
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
@@ -194,5 +291,16 @@ def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManage
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in tasks:
         if not manager.match_tasks([name]):
-            raise UserError(f"--lm-eval {name}: no such task, group or tag; `lm-eval ls tasks` lists them")
+            unread = "" if include_path is None else _unread(include_path)
+            raise UserError(f"--lm-eval {name}: no such task, group or tag; `lm-eval ls tasks` lists them{unread}")
     return manager
+
+
+def _unread(folder: Path) -> str:
+    """Names the first YAML file that the harness passed over because it cannot be read."""
+    for file in sorted(folder.glob("**/*.yaml")):
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of any type: as the harness does
+            return f"; {file} cannot be read: {error}"
+    return ""

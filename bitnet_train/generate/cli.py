@@ -25,30 +25,38 @@ from bitnet_train.generate.sampling import Sampling, prompt_ids_of, stream
 from bitnet_train.generate.session import ChatSession
 from bitnet_train.generate.terminal import chat
 from bitnet_train.model.decoder import BitNetForCausalLM
+from bitnet_train.options import integer, number, seed, text
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bitnet-generate", description="Generate text with a BitNet model.")
     add = parser.add_argument
     add("source", metavar="SRC", help="run directory, HF folder (master or packed) or GGUF file")
-    add("--prompt", metavar="TEXT", help="text to continue, or the user's message with --chat")
+    add("--prompt", type=text, metavar="TEXT", help="text to continue, or the user's message with --chat")
     add("--prompts", metavar="FILE", help=".txt with a prompt per line, or rows with a field prompt; prints .jsonl")
     add("--chat", action="store_true", help="send prompts through the chat template; without any, chat in the terminal")
-    add("--system", metavar="TEXT", help="with --chat: the system message")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="of a completion or an answer (default: 128)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest ids that reach P together")
-    add("--seed", type=int, default=0)
+    add("--system", type=text, metavar="TEXT", help="with --chat: the system message")
+    add(
+        "--max-new-tokens",
+        type=integer(1),
+        default=128,
+        metavar="N",
+        help="of a completion or an answer (default: 128)",
+    )
+    add("--temperature", type=number(0), default=0.0, metavar="T", help="0 (default) is greedy")
+    add(
+        "--top-p",
+        type=number(0, 1),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest ids that reach P together",
+    )
+    add("--seed", type=seed, default=0)
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    if args.temperature < 0.0:
-        raise UserError(f"--temperature must be at least 0, got {args.temperature}")
-    if not 0.0 < args.top_p <= 1.0:
-        raise UserError(f"--top-p must lie in (0, 1], got {args.top_p}")
+    _how(args)
     if args.prompt is not None and args.prompts is not None:
         raise UserError("--prompt and --prompts exclude each other; leave one out")
     if args.prompt is None and args.prompts is None and not args.chat:

@@ -1,5 +1,6 @@
 """Nucleus sampling, one token at a time, with keys and values cached."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+
 
 GREEDY = Sampling()
 
@@ -34,7 +41,8 @@ def sample(logits: Tensor, how: Sampling, generator: torch.Generator) -> int:
     """One id for logits `(vocab,)`, float."""
     if how.temperature == 0.0:
         return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits.double() / how.temperature, dim=-1).sort(descending=True, stable=True)
+    below = logits.double() - logits.max()  # the largest is 0, whatever it is divided by
+    probabilities, ids = torch.softmax(below / how.temperature, dim=-1).sort(descending=True, stable=True)
     inside = probabilities.cumsum(dim=-1) - probabilities < how.top_p
     choice = torch.multinomial(probabilities * inside, 1, generator=generator)
     return int(ids[choice])

@@ -17,6 +17,8 @@ def chat(session: ChatSession) -> None:
 
     Prompt and greeting are for a terminal only; a message that cannot be answered costs one line on standard error.
     """
+    if sys.stdin is None:
+        raise UserError("a chat reads standard input, which is closed; open it, or give --prompt TEXT")
     interactive = sys.stdin.isatty()
     if interactive:
         if importlib.util.find_spec("readline"):
@@ -40,6 +42,10 @@ def _messages(prompt: str) -> Iterator[str]:
             return
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 ({error}); set the terminal to UTF-8") from None
+        except OSError:
+            if not sys.stdin.readable():
+                raise UserError("standard input cannot be read; give one that can, or --prompt TEXT") from None
+            raise
         if line == "/exit":
             return
         yield line

@@ -1,7 +1,8 @@
 """The passes of native.cpp on CPU tensors: compiled once per machine by its C++ compiler, absent where it has none.
 
-The library lies in $XDG_CACHE_HOME/bitnet_train (or ~/.cache/bitnet_train) under a name made of the source, the
-compiler and the processor, so that a home folder shared by different machines holds one for each.
+The library lies in `user_cache()` under a name made of the source, the compiler's command and version, the flags and
+the processor, so that a home folder shared by different machines holds one for each. It is loaded where nobody else
+can have written it (`own_files`); one that is not as it was compiled is compiled again.
 BITNET_TRAIN_NATIVE=0 in the environment turns it off.
 """
 
@@ -24,7 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitnet_train.kernels.own_files import open_own, own_folder, seal
 from bitnet_train.kernels.tensors import FLOATS, ordinary, rows_of_heads
+from bitnet_train.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +54,15 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    compiler = _compiler()
-    if os.environ.get("BITNET_TRAIN_NATIVE") == "0" or not compiler or platform.system() != "Linux":
-        logger.info("the C++ passes are off: the same is computed by torch, slower")
-        return None
     try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        command = shlex.join(compiler)
-        logger.warning("%s could not compile %s, torch computes the same, slower: %s", command, SOURCE.name, error)
+        compiler = _compiler()
+        if os.environ.get("BITNET_TRAIN_NATIVE") == "0" or not compiler or platform.system() != "Linux":
+            logger.info("the C++ passes are off: the same is computed by torch, slower")
+            return None
+        # The descriptor stays open: the name must be no other library's as long as the process lives.
+        loaded = ctypes.CDLL(f"/proc/self/fd/{_compiled(compiler)}")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning("no C++ passes from %s, torch computes the same, slower: %s", SOURCE.name, error)
         return None
     # A forked process has none of OpenMP's threads, and would wait for them, in torch's operations too.
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
@@ -69,30 +72,42 @@ def _load() -> ctypes.CDLL | None:
 def _compiler() -> list[str]:
     """The command of the C++ compiler, such as `ccache g++` from CXX; empty where there is none."""
     found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
-    return shlex.split(os.environ.get("CXX", "")) or [*islice(found, 1)]
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or [*islice(found, 1)]
+    except ValueError as error:
+        raise ValueError(f"CXX is no command ({error}): {os.environ['CXX']}") from None
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """The library for this source, compiler and processor; compiled when it is not there yet."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet_train"
-    path = cache / f"native-{_fingerprint(compiler)}.so"
-    if not path.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed into place: another process may do the same
-            built = Path(folder) / path.name
-            command = [*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
-            built.replace(path)
-    if path.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
-    return path
+def _compiled(compiler: list[str]) -> int:
+    """A descriptor of the library for this source, compiler and processor; compiled where it is not there as it was."""
+    cache = user_cache()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = own_folder(cache) / f"native-{_fingerprint(compiler)}.so"
+    try:
+        return open_own(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("the C++ passes are compiled again: %s", error)
+    _compile(compiler, path)
+    return open_own(path)
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed into place: others may do the same
+        built = Path(folder) / path.name
+        command = [*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        seal(built)
+        built.replace(path)
 
 
 def _fingerprint(compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     processor = [line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), "\n".join(sorted(set(processor))).encode())
+    command = os.fsencode("\0".join([*compiler, *FLAGS]))
+    parts = (SOURCE.read_bytes(), version, command, "\n".join(sorted(set(processor))).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -1,10 +1,13 @@
 """The C++ passes: bit for bit or within float32 rounding what torch computes, on any shape and number of threads."""
 
+import ctypes
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,10 +187,53 @@ def test_any_gain_and_any_default_dtype(in_torch: pytest.MonkeyPatch) -> None:
         assert torch.equal(got, want)
 
 
-def test_a_library_of_somebody_else_is_not_loaded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.geteuid", lambda: 12345)
-    with pytest.raises(PermissionError, match="belongs to another user"):
+def library_file(folder: Path) -> Path:
+    """The only library of a cache, compiled from `source`."""
+    os.close(native._compiled(["c++"]))
+    (file,) = (folder / "bitnet_train").iterdir()
+    return file
+
+
+def test_a_folder_that_others_can_write_has_no_library(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "bitnet_train").mkdir()
+    (tmp_path / "bitnet_train").chmod(0o777)
+    with pytest.raises(PermissionError, match=r"bitnet_train can be written by others: chmod go-w .*bitnet_train$"):
         native._compiled(["c++"])
+
+
+def by_a_link(file: Path) -> None:
+    file.rename(file.with_suffix(".other"))
+    file.symlink_to(file.with_suffix(".other"))
+
+
+def another_library(file: Path) -> None:
+    """As N07: it loads, and has none of the functions."""
+    source = file.with_name("other.c")
+    source.write_text("int x;")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(file), str(source)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (by_a_link, "Too many levels of symbolic links"),
+        (another_library, "is damaged"),
+        (lambda file: file.write_bytes(b""), "is damaged"),
+        (lambda file: os.truncate(file, 4096), "is damaged"),  # loaded, it would end the process with SIGBUS
+        (lambda file: file.chmod(0o777), "can be written by others"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is no file"),
+    ],
+)
+def test_a_library_that_is_not_as_it_was_compiled_is_compiled_again(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], object], message: str
+) -> None:
+    file = library_file(tmp_path)
+    harm(file)
+    loaded = ctypes.CDLL(f"/proc/self/fd/{native._compiled(['c++'])}")
+    assert ctypes.c_int.in_dll(loaded, "number").value == 1
+    assert len(caplog.messages) == 1
+    assert message in caplog.messages[0]
+    assert not file.is_symlink()
 
 
 def test_labels_outside_of_the_head_are_refused() -> None:
@@ -239,9 +285,9 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_threads_that_ask_at_once_compile_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Path] = []
+    compiled: list[int] = []
 
-    def compile(compiler: list[str]) -> Path:
+    def compile(compiler: list[str]) -> int:
         compiled.append(original(compiler))
         return compiled[-1]
 
@@ -271,20 +317,41 @@ def test_a_forked_process_computes() -> None:
 
 def test_a_compiler_may_be_a_command_of_several_words(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env LANG=C c++")
-    assert native._compiled(native._compiler()).is_file()
+    os.close(native._compiled(native._compiler()))
 
 
 def test_one_library_per_source_and_compiler(source: Path, tmp_path: Path) -> None:
-    first = native._compiled(["c++"])
-    assert native._compiled(["c++"]) == first
-    assert [path.name for path in (tmp_path / "bitnet_train").iterdir()] == [first.name]
+    def compiled(compiler: str) -> set[str]:
+        os.close(native._compiled([compiler]))
+        return {path.name for path in (tmp_path / "bitnet_train").iterdir()}
+
+    first = compiled("c++")
+    assert len(first) == 1
+    assert compiled("c++") == first
     source.write_text("int number = 2;\n")
-    assert native._compiled(["c++"]) != first
+    assert len(compiled("c++")) == 2
+    assert len(compiled("g++")) == 3
 
 
-@pytest.mark.parametrize("environment", [{"CXX": "/bin/false"}, {"BITNET_TRAIN_NATIVE": "0"}])
+NO_FOLDER = "/proc/self/none"
+
+
+@pytest.mark.parametrize(
+    ("environment", "warning"),
+    [
+        ({"BITNET_TRAIN_NATIVE": "0"}, None),
+        ({"CXX": "/bin/false"}, "returned non-zero exit status 1"),
+        ({"CXX": "g++ 'x"}, "CXX is no command (No closing quotation): g++ 'x"),
+        ({"CXX": "/no/compiler"}, "No such file or directory: '/no/compiler'"),
+        ({"XDG_CACHE_HOME": NO_FOLDER}, f"No such file or directory: '{NO_FOLDER}"),  # as root, no mode is read-only
+    ],
+)
 def test_without_a_working_compiler_torch_computes(
-    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str],
+    warning: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
@@ -294,6 +361,9 @@ def test_without_a_working_compiler_torch_computes(
         assert native.library() is None
         assert not native.available(torch.randn(2, 2))
         assert fused.quantize(torch.ones(2, 3), None, None)[0].eq(127).all()
+        warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warnings) == (warning is not None)
+        assert all(warning is not None and warning in text for text in warnings)
     finally:
         monkeypatch.undo()
         native._load.cache_clear()

@@ -59,10 +59,11 @@ def expand(paths: str | Sequence[str]) -> list[str]:
 
 def size_of(name: str) -> int | None:
     """The bytes of a file or of a saved data set; None where they are unknown, as on the hub."""
-    path = Path(name)
-    if path.is_dir():
-        return sum(file.stat().st_size for file in files_of(path) if file.is_file())
-    return path.stat().st_size if path.is_file() else None
+    try:
+        files = files_of(Path(name)) if os.path.isdir(name) else [Path(name)]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return None
 
 
 def _expand_one(name: str) -> list[str]:

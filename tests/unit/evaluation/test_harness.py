@@ -14,15 +14,17 @@ from bitnet_train.errors import UserError
 from bitnet_train.evaluation.perplexity import evaluate
 from bitnet_train.evaluation.scoring import Request, score
 from bitnet_train.evaluation.tasks import evaluate_task
-from bitnet_train.generate import complete
+from bitnet_train.generate import Sampling, complete
+from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import load_for_inference
+from tests.folders import write_master
 from tests.support import write_jsonl
 
 pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager
 
 from bitnet_train.evaluation import harness
-from bitnet_train.evaluation.harness import BitNetLM, run_tasks
+from bitnet_train.evaluation.harness import BitNetLM, Generation, run_tasks
 
 Rows = list[dict[str, object]]
 Figures = dict[str, dict[str, float | str]]
@@ -60,7 +62,7 @@ metric_list: [{metric: bits_per_byte}]
 
 def request(*arguments: object) -> SimpleNamespace:
     """What the harness hands over."""
-    return SimpleNamespace(args=arguments)
+    return SimpleNamespace(args=arguments, task_name="mine", doc_id=3)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_a_context_is_cut_from_the_left(master: Path) -> None:
     short = lm._request("The pig number 19 sat on mat 361. " * 2, " The pig")
     assert whole.context[-20:] == short.context[-20:]
     assert short.context[0] == lm.tokenizer.bos_token_id
-    with pytest.raises(UserError, match=r"needs \d+ positions, the context has 128"):
+    with pytest.raises(UserError, match=r"^task mine, row 3: .*needs \d+ positions, the context has 128"):
         lm.loglikelihood([request("", "The pig number 19 sat on mat 361. " * 20)])
 
 
@@ -183,11 +185,98 @@ def test_unknown_tasks_and_folders_are_refused(tasks: Path) -> None:
         harness._task_manager(["mats"], tasks / "none")
 
 
+@pytest.mark.usefixtures("no_defaults")
+@pytest.mark.parametrize("content", ["task: [\n", "- mine\n", "task: mine\ninclude: none.yaml\n", "\xff"])
+def test_a_file_that_was_passed_over_is_named_where_a_task_is_missing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "t.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"--lm-eval mine: no such task.*/t\.yaml cannot be read: "):
+        harness._task_manager(["mine"], tmp_path)
+
+
 def test_a_task_without_its_data_costs_one_line(tmp_path: Path, master: Path) -> None:
     (tmp_path / "lost.yaml").write_text(_TASK.format(name="lost", file=tmp_path / "none.jsonl", rest=_CHOICE))
     model, tokenizer = load_for_inference(master), Tokenizer.from_folder(master)
-    with pytest.raises(UserError, match=r"--lm-eval: the data of a task cannot be read .*none\.jsonl"):
+    with pytest.raises(UserError, match=r"^--lm-eval lost: the task failed at .* \(FileNotFoundError: .*none\.jsonl"):
         run_tasks(model, tokenizer, ["lost"], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[BitNetForCausalLM, Tokenizer]:
+    folder = tmp_path_factory.mktemp("untrained")
+    write_master(folder, {"max_position_embeddings": 128, "num_hidden_layers": 1})
+    return load_for_inference(folder), Tokenizer.from_folder(folder)
+
+
+_GOOD_ROW = '{"context": "a", "choices": ["x", "y"], "answer": 0, "prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rest", "rows", "message"),
+    [
+        ("output_type: multiple_choice", _GOOD_ROW, r"the task failed at \w+\.py:\d+ \(\w+: .+\); check its YAML"),
+        (_CHOICE, "not json\n", r"\(DatasetGenerationError: .*; JSONDecodeError: .*\); check"),
+        (_CHOICE, _GOOD_ROW.replace('"y"', '""').replace('"x"', '""'), r"the task failed at task\.py:\d+ \(IndexError"),
+        (_CHOICE.replace("context", "'{{ context / 0 }}'"), _GOOD_ROW, r"the task failed at .*TypeError"),
+        (_CHOICE + "process_docs: !function code.none", _GOOD_ROW, r"AttributeError: .*has no function 'none'"),
+        (_CHOICE + "process_docs: !function code.fails", _GOOD_ROW, r"the task failed at code\.py:2 \(KeyError: 'no"),
+    ],
+)
+def test_a_faulty_task_is_one_line_that_names_it(
+    rest: str, rows: str, message: str, tmp_path: Path, untrained: tuple[BitNetForCausalLM, Tokenizer]
+) -> None:
+    (tmp_path / "d.jsonl").write_text(rows)
+    (tmp_path / "code.py").write_text("def fails(docs):\n    return {}['no field']\n")
+    (tmp_path / "t.yaml").write_text(_TASK.format(name="mine", file=tmp_path / "d.jsonl", rest=rest))
+    with pytest.raises(UserError, match=rf"^--lm-eval mine: .*{message}"):
+        run_tasks(*untrained, ["mine"], tmp_path)
+
+
+def test_a_fault_of_this_package_keeps_its_traceback(
+    tasks: Path, untrained: tuple[BitNetForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "score", lambda *arguments: [][0])
+        with pytest.raises(IndexError):
+            run_tasks(*untrained, ["mats"], tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "TaskManager", None)
+        with pytest.raises(TypeError):
+            run_tasks(*untrained, ["mats"], tasks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": None}, "generation_kwargs cannot be read .*'temperature': None"),
+        ({"max_gen_toks": "abc"}, "generation_kwargs cannot be read .*'abc'"),
+        ({"max_gen_toks": math.inf}, "generation_kwargs cannot be read .*infinity"),
+        ({"max_gen_toks": -1}, "max_gen_toks must be at least 1, got -1"),
+        ({"temperature": math.nan, "do_sample": True}, "temperature must be finite and at least 0, got nan"),
+        ({"temperature": 0.7, "top_p": 2}, r"top_p must lie in \(0, 1\], got 2.0"),
+        ({"until": [5]}, r"until must be a list of strings, got \[5\]"),
+        (["x"], "generation_kwargs cannot be read"),
+    ],
+)
+def test_options_of_a_text_that_cannot_be_are_one_line(
+    options: object, message: str, untrained: tuple[BitNetForCausalLM, Tokenizer]
+) -> None:
+    with pytest.raises(UserError, match=f"^task mine, row 3: {message}"):
+        BitNetLM(*untrained).generate_until([request("a", options)])
+
+
+def test_options_without_a_value_are_those_of_the_harness() -> None:
+    assert Generation.of({"until": None, "top_p": None, "max_gen_toks": None}, 7) == (7, Sampling(), [])
+
+
+@pytest.mark.parametrize("value", [5, None, "\ud800"])
+def test_what_a_task_makes_of_a_row_must_be_text(value: object, untrained: tuple[BitNetForCausalLM, Tokenizer]) -> None:
+    lm, message = BitNetLM(*untrained), "^task mine, row 3: the task must make texts of a row, got "
+    for call, arguments in [
+        (lm.loglikelihood, (value, "a")), (lm.loglikelihood, ("a", value)), (lm.loglikelihood_rolling, (value,)),
+        (lm.generate_until, (value, {})),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            call([request(*arguments)])
 
 
 def test_bits_per_byte_of_texts_longer_than_the_context(

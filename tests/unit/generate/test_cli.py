@@ -35,9 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`bitnet-generate MODEL OPTIONS` with standard input: exit code, standard output, standard error."""
 
-    def run(*options: str, stdin: str = "") -> tuple[int | str | None, str, str]:
+    def run(*options: str, stdin: str | io.TextIOBase | None = "") -> tuple[int | str | None, str, str]:
         monkeypatch.setattr(sys, "argv", ["bitnet-generate", str(model), "--max-new-tokens", "8", *options])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         with pytest.raises(SystemExit) as exit:
             main()
         return exit.value.code, *capsys.readouterr()
@@ -93,10 +93,14 @@ def test_a_bad_row_is_named_before_anything_is_generated(
         ([], "nothing to generate from; give --prompt TEXT, --prompts FILE or --chat"),
         (["--prompt", "a", "--prompts", "b"], "--prompt and --prompts exclude each other"),
         (["--prompt", "a", "--system", "b"], "--system belongs to --chat"),
-        (["--prompt", "a", "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--prompt", "a", "--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
+        (["--prompt", "a", "--temperature", "-1"], "argument --temperature: must be at least 0, got -1"),
+        (["--prompt", "a", "--temperature", "nan"], "argument --temperature: must be finite, got nan"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "argument --max-new-tokens: must be at least 1, got 0"),
+        (["--prompt", "a", "--seed", "x"], "argument --seed: must be an integer, got x"),
+        (["--prompt", "a", "--seed", "9" * 20], f"argument --seed: must be at most {2**64 - 1}, got 99999"),
+        (["--prompt", "a\udcff"], "argument --prompt: must be UTF-8, got a\\udcff"),
+        (["--chat", "--system", "\udcff"], "argument --system: must be UTF-8, got \\udcff"),
     ],
 )
 def test_wrong_options_cost_one_line(run: Run, options: list[str], message: str) -> None:
@@ -136,6 +140,40 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(
     chat(session)
     assert capsys.readouterr().out == "wi\nwi\n"
     assert [message["content"] for message in session.turns] == ["one", "wi", "two", "wi"]
+
+
+@pytest.mark.parametrize("said", [b"\xff\n", b"caf\xe9\n"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # Python's, and its own in the C locale
+def test_a_message_that_is_no_text_is_one_line(run: Run, said: bytes, errors: str) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(said), "utf-8", errors)
+    code, output, error = run("--chat", stdin=stdin)
+    assert (code, output, error.count("\n")) == (2 if errors == "strict" else 0, "", 1)
+    assert re.match("error: (standard input is not UTF-8|the message holds NUL bytes or lone surrogates)", error)
+
+
+def test_a_chat_without_standard_input_is_one_line(run: Run, tmp_path: Path) -> None:
+    assert run("--chat", stdin=None)[::2] == (
+        2, "error: a chat reads standard input, which is closed; open it, or give --prompt TEXT\n"
+    )  # fmt: skip
+    with (tmp_path / "out").open("w") as written:
+        error = run("--chat", stdin=written)[2]
+    assert error == "error: standard input cannot be read; give one that can, or --prompt TEXT\n"
+
+
+def test_an_output_that_nobody_reads_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        assert run("--prompt", "small cat")[::2] == (141, "")
+
+
+def test_an_output_without_room_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open("/dev/full", "w"))
+        code, _, error = run("--chat", stdin="small cat\n")
+    message = "error: standard output cannot be written (No space left on device); make room or write elsewhere\n"
+    assert (code, error) == (2, message)
 
 
 def read_until(terminal: int, text: str) -> str:

@@ -1,5 +1,7 @@
 """Sampling: what temperature and top-p do, and where generation ends."""
 
+import math
+
 import pytest
 import torch
 
@@ -21,6 +23,25 @@ def test_temperature_and_top_p_decide_what_can_be_drawn() -> None:
     assert draws(logits, temperature=1.0, top_p=0.4) == {1}
     assert draws(logits, temperature=1.0, top_p=0.6) == {1, 2}
     assert draws(logits, temperature=50.0, top_p=1.0) == {0, 1, 2, 3}
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    assert draws([0.5, 60.0, 59.0, -1000.0], temperature=5e-324, top_p=1.0) == {1}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": math.nan}, "temperature must be finite and at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be finite and at least 0, got inf"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+    ],
+)
+def test_no_number_draws_from_nothing(how: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**how)
 
 
 def test_greedy_generation_is_the_argmax_of_the_whole_sequence() -> None:

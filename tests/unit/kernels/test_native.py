@@ -213,6 +213,11 @@ def another_library(file: Path) -> None:
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(file), str(source)], check=True)
 
 
+def a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -221,7 +226,7 @@ def another_library(file: Path) -> None:
         (lambda file: file.write_bytes(b""), "is damaged"),
         (lambda file: os.truncate(file, 4096), "is damaged"),  # loaded, it would end the process with SIGBUS
         (lambda file: file.chmod(0o777), "can be written by others"),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "is no file"),
+        (a_pipe, "is no file"),
     ],
 )
 def test_a_library_that_is_not_as_it_was_compiled_is_compiled_again(

@@ -1,6 +1,8 @@
 """Files that nobody else can have written."""
 
+import grp
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -59,17 +61,17 @@ def test_a_group_of_others_may_not_write_and_the_users_own_may(tmp_path: Path, m
 
 def test_a_private_group_has_the_users_name_and_no_other_member(monkeypatch: pytest.MonkeyPatch) -> None:
     def grouped(name: str, *members: str) -> bool:
-        entry = own_files.grp.struct_group((name, "x", 1, [*members]))
-        monkeypatch.setattr(own_files.grp, "getgrgid", lambda group: entry)
+        entry = grp.struct_group((name, "x", 1, [*members]))
+        monkeypatch.setattr("grp.getgrgid", lambda group: entry)
         return own_files._is_private(1)
 
-    user = own_files.pwd.struct_passwd(("ann", "x", 1, 1, "", "/", "/bin/sh"))
-    monkeypatch.setattr(own_files.pwd, "getpwuid", lambda number: user)
+    user = pwd.struct_passwd(("ann", "x", 1, 1, "", "/", "/bin/sh"))
+    monkeypatch.setattr("pwd.getpwuid", lambda number: user)
     assert grouped("ann")
     assert grouped("ann", "ann")
     assert not grouped("ann", "ann", "bob")
     assert not grouped("users")
-    monkeypatch.setattr(own_files.pwd, "getpwuid", {}.__getitem__)  # a container runs any number
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a container runs any number
     assert not grouped("ann")
 
 

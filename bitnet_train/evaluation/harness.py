@@ -261,7 +261,7 @@ def _fault_of_task(error: Exception, tasks: Sequence[str]) -> UserError:
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    said = "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
+    said = "; ".join(": ".join(filter(None, (type(cause).__name__, str(cause)))) for cause in causes)
     where = f"{Path(place.filename).name}:{place.lineno}"
     name = _task_of(error) or ", ".join(tasks)
     return UserError(f"--lm-eval {name}: the task failed at {where} ({said}); check its YAML, its code and its rows")

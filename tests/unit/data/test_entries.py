@@ -104,7 +104,7 @@ def test_a_broken_link_is_no_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(datasets, "load_dataset")
     Path("owner").mkdir()
     Path("owner/name").symlink_to("/nope")
-    with pytest.raises(UserError, match="^owner/name: a broken symbolic link to /nope"):
+    with pytest.raises(UserError, match=r"^owner/name: a broken symbolic link to /nope"):
         expand("owner/name")
 
 

@@ -169,8 +169,8 @@ def test_an_output_that_nobody_reads_ends_the_command(run: Run, monkeypatch: pyt
 
 
 def test_an_output_without_room_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", open("/dev/full", "w"))
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
         code, _, error = run("--chat", stdin="small cat\n")
     message = "error: standard output cannot be written (No space left on device); make room or write elsewhere\n"
     assert (code, error) == (2, message)

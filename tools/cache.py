@@ -39,8 +39,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.cache_dir.is_dir():
         raise UserError(f"--cache-dir {arguments.cache_dir}: no such folder; name the data.cache_dir of your runs")
-    if arguments.keep is not None and not arguments.keep >= 0:
-        raise UserError(f"--keep must be at least 0, got {arguments.keep}")
     if arguments.keep is not None:
         Console().print(table(evict(arguments.cache_dir, int(arguments.keep * 1e9)), "removed"))
     Console().print(table(entries(arguments.cache_dir), str(arguments.cache_dir)))

@@ -53,7 +53,7 @@ def main() -> None:
     """Reads the command line, prints the first micro-batch of a step."""
     parser = ArgumentParser(description="Show a batch as training reads it.")
     parser.add_argument("overrides", nargs="+", help="as for python -m bitnet_train")
-    parser.add_argument("--step", type=integer(0), default=0, help="optimizer step (default: %(default)s)")
+    parser.add_argument("--step", type=integer(0, 10**9), default=0, help="optimizer step (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
     data, tokenizer = data_of(composed(arguments.overrides))
     data.first_step, data.steps = arguments.step, arguments.step + 1

@@ -116,7 +116,16 @@ def test_the_tool_lists_and_removes(
     assert "removed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--keep", -1], "--keep must be"), ([], "no such folder")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", -1], "argument --keep: must be at least 0, got -1"),
+        (["--keep", "inf"], "argument --keep: must be finite, got inf"),
+        (["--keep", "nan"], "argument --keep: must be finite, got nan"),
+        (["--keep", "1e300"], "argument --keep: must be at most 1000000000.0, got 1e300"),
+        ([], "no such folder"),
+    ],
+)
 def test_bad_arguments(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

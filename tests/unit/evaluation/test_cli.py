@@ -69,7 +69,7 @@ def test_plain_paths_give_the_five_figures_and_names_an_entry_each(
         (["--tasks", "t.jsonl", "--limit", "3"], "--limit belongs to --lm-eval, got none; leave it out"),
         (["--data", "t.jsonl", "--chat"], "--chat belongs to --tasks and --lm-eval, got none; leave it out"),
         (["--data", "t.jsonl", "--sequence-length", "0"], "argument --sequence-length: must be at least 1, got 0"),
-        (["--tasks", "t.jsonl", "--max-new-tokens", "x"], "argument --max-new-tokens: invalid integer value: 'x'"),
+        (["--tasks", "t.jsonl", "--max-new-tokens", "x"], "argument --max-new-tokens: must be an integer, got x"),
         (["--lm-eval", "arc_easy"], "--lm-eval: lm-evaluation-harness is not installed"),
     ],
 )

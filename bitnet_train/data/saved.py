@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitnet_train.data.parts import Cut
 from bitnet_train.data.entries import check_entry
+from bitnet_train.data.parts import Cut
 from bitnet_train.data.readers import ROWS_AT_ONCE, Place, Placed, rows_of
 from bitnet_train.errors import UserError
 

@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from bitnet_train import composition
 from bitnet_train import config as configuration
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError, run_command
 from bitnet_train.training import sweep
@@ -84,7 +85,7 @@ def _main() -> int:
         log.info("stopped (%s), state saved; start again with resume=auto to go on", stop)
         code = EXIT_REQUEUE
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(composition.explained(error)) from error
     except Exception as error:
         if not sweep.started:
             raise
@@ -124,6 +125,8 @@ def _run(config: DictConfig, run_dir: Path) -> tuple[int, str]:
     from bitnet_train.training import launch
 
     try:
+        if (refused := config.get(composition.REFUSED)) is not None:
+            raise UserError(refused)
         with stop_on_signals():
             launch.start(configuration.run_config(config), config, run_dir)
     except StopRequested as stop:
@@ -131,7 +134,7 @@ def _run(config: DictConfig, run_dir: Path) -> tuple[int, str]:
     except UserError as error:
         return EXIT_USER_ERROR, str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return EXIT_USER_ERROR, _one_line(error)
+        return EXIT_USER_ERROR, composition.explained(error)
     except RunFailed as failure:
         log.error("error: %s", failure)
         return EXIT_FAILURE, str(failure)
@@ -158,18 +161,3 @@ def _help() -> str:
             "--cfg job --resolve prints the configuration of a run, -m sweeps, --hydra-help shows Hydra's own options.",
         ]
     )
-
-
-_EXTRAS = {"submitit": "slurm", "optuna": "sweep"}  # what an option of Hydra comes with
-
-
-def _one_line(error: Exception) -> str:
-    """Hydra's message without its layout, and with what exists in place of what was not found."""
-    text = " ".join(str(error).split())
-    if "'recipe/" in text:
-        name = text.split("'recipe/")[1].split("'")[0]
-        return f"unknown recipe {name!r}; the recipes are {', '.join(configuration.recipe_names())}"
-    for plugin, extra in _EXTRAS.items():
-        if f"hydra/launcher/{plugin}" in text or f"hydra/sweeper/{plugin}" in text:
-            return f"this needs the extra `{extra}`; install it: pip install 'bitnet-train[{extra}]'"
-    return text

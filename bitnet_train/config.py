@@ -10,7 +10,6 @@ _target_: a.b.C     names a frozen dataclass; `build` merges the node into its f
 """
 
 import difflib
-import importlib
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bitnet_train import composition
+from bitnet_train.classes import class_named
 from bitnet_train.errors import UserError
 
 _PACKAGE = Path(__file__).parent
@@ -44,7 +45,7 @@ def recipe_names() -> list[str]:
 
 
 def register() -> None:
-    """Makes recipes and resolvers known to Hydra. Call before hydra.main runs."""
+    """Makes recipes, resolvers and the checks of `composition` known to Hydra. Call before hydra.main runs."""
     store = ConfigStore.instance().store
     keys = {path.stem: set(OmegaConf.load(path)) for path in (CONF_DIR / "schedule").glob("*.yaml")}
     for path in RECIPES_DIR.glob("*.yaml"):
@@ -54,6 +55,7 @@ def register() -> None:
             store(group="recipe_schedule", name=f"{path.stem}-{shape}", node=rates, package="schedule")
         store(group="recipe", name=path.stem, node=recipe, package="_global_")
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+    composition.install()
 
 
 def _by_shape(rates: Mapping[Any, Any], keys: Mapping[str, set[Any]]) -> dict[str, dict[Any, Any]]:
@@ -149,19 +151,19 @@ def build(node: DictConfig, name: str) -> Any:
     values = OmegaConf.to_container(node, resolve=True)
     assert isinstance(values, dict)
     target = str(values.pop("_target_", ""))
-    module, _, attribute = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{name}._target_ must name a class, got {target!r}: {error}") from error
+    own = f"{name}._target_ must name a dataclass of this package"
+    if not target.startswith(f"{__package__}."):
+        raise UserError(f"{own}, got {target!r}")
+    cls = class_named(target, f"{name}._target_", (object,))
     if not is_dataclass(cls):
-        raise UserError(f"{name}._target_ must name a dataclass of this package, got {target!r}")
+        raise UserError(f"{own}, got {target!r}")
     return _structured(cls, values, f"{name}.")
 
 
 def _structured(cls: Any, values: dict[Any, Any], prefix: str) -> Any:
     known = {field.name: field for field in fields(cls)}
     for key in values:
+        _check_width(values[key], f"{prefix}{key}")
         if key not in known:
             hint = difflib.get_close_matches(str(key), known, n=1)
             raise UserError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{hint[0]}?" if hint else ""))
@@ -182,6 +184,12 @@ def _structured(cls: Any, values: dict[Any, Any], prefix: str) -> Any:
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{prefix}{error.full_key or ''}: {message}") from error
+
+
+def _check_width(value: object, field: str) -> None:
+    """Libraries take whole numbers of 64 bits; what is added to one (a seed, a count) fits, too, below half of that."""
+    if isinstance(value, int) and not -(1 << 62) <= value < 1 << 62:
+        raise UserError(f"{field} must lie between -2^62 and 2^62, got {value}")
 
 
 def _dataclass_fields(cls: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@
 Every parameter group carries `decays`, by which `set_hyperparameters` gives it this step's weight decay or none.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bitnet_train.classes import class_named
 from bitnet_train.errors import UserError
 
 NamedParameter: TypeAlias = tuple[str, nn.Parameter]
@@ -218,11 +218,4 @@ class ByTarget(OptimizerConfig):
         return optimizer
 
     def _class(self) -> Callable[..., object]:
-        module, _, name = self.target.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"optimizer._target_ must name an optimizer, got {self.target!r}: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-            raise UserError(f"optimizer._target_ must name a subclass of torch.optim.Optimizer, got {self.target!r}")
-        return cls
+        return class_named(self.target, "optimizer._target_", (Optimizer,))

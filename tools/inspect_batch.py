@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from bitnet_train import config as configuration
+from bitnet_train.composition import explained
 from bitnet_train.data.inspection import batch_lines, summary
 from bitnet_train.data.module import DataModule
 from bitnet_train.data.tokenizer import Tokenizer
@@ -27,16 +28,16 @@ def composed(overrides: list[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
             return hydra.compose("train", overrides=words)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(str(error)) from None
+    except HydraException as error:
+        raise UserError(explained(error)) from None
 
 
 def data_of(config: DictConfig) -> tuple[DataModule, Tokenizer]:
     """The data of a run, as training reads it."""
     try:
         settings, data = configuration.run_config(config), configuration.build(config.data, "data")
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(str(error)) from None
+    except OmegaConfBaseException as error:
+        raise UserError(explained(error)) from None
     tokenizer = Tokenizer.from_folder(_tokenizer_folder(data.tokenizer, settings.init_from))
     return DataModule(data, tokenizer, settings.seed, settings.global_batch_size, settings.micro_batch_size), tokenizer
 

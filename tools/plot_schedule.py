@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train import config as configuration
+from bitnet_train.composition import explained
 from bitnet_train.errors import UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.schedule import Schedule
@@ -28,7 +29,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
         try:
             return compose("train", words)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(str(error)) from error
+            raise UserError(explained(error)) from error
 
 
 def total_steps(config: DictConfig, tokens_per_step: int) -> int:

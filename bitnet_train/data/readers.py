@@ -66,6 +66,7 @@ class Place(NamedTuple):
 
 
 START = Place()
+_TOO_WIDE = "requires too much memory"  # zstd of a window beyond its ZSTD_WINDOWLOG_LIMIT_DEFAULT, 2^27 bytes
 _ARROW_ERRORS = (KeyError, NotImplementedError, MemoryError)  # what pyarrow raises beside OSError and ValueError
 # Each row, or part of one, with the place behind it; numbers count lines or rows from 1. In the place of a wrong row
 # stands its error.
@@ -102,7 +103,16 @@ def read_from(file: str, start: Place, on_read: Callable[[int], object] = int, c
     except UserError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, *_ARROW_ERRORS) as error:
-        raise UserError(f"{file}: cannot be read, it may be damaged ({error})") from None
+        raise UserError(f"{file}: {_unreadable(error)}") from None
+
+
+def _unreadable(error: Exception) -> str:
+    if _TOO_WIDE in str(error):
+        return (
+            "compressed with a window of more than 128 MB (zstd --long), which is not read here; write it anew "
+            "without: zstd -d --long=31 --stdout FILE | zstd > NEW.zst"
+        )
+    return f"cannot be read, it may be damaged ({error})"
 
 
 def format_of(file: str) -> str:

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bitnet_train.errors import UserError
-from bitnet_train.formats.hf_folder import CONFIG
+from bitnet_train.formats.hf_folder import CONFIG, HFFolder
 from bitnet_train.model.accounting import check_modules, left_out
 from bitnet_train.model.config import BitNetConfig, rope_fields
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import copy_tensor, master_folder
 
 DENSE_TYPES = ("llama", "mistral", "qwen2")
+_TYPES = ("bitnet", *DENSE_TYPES)
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _REQUIRED = (*_SIZES, "max_position_embeddings")
@@ -36,18 +40,24 @@ _DEFAULTS = {  # what transformers takes where config.json is silent
     "attention_bias": False,
     "attention_dropout": 0.0,
 }
+_BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 _INSERTED = re.compile(r"\.(attn_sub_norm|ffn_sub_norm)\.weight$")
 
 
 @dataclass(frozen=True)
 class StartReport:
-    """What became of every tensor, by name: those of the folder copied or left out, those of the model initialised."""
+    """What became of every tensor, by name: those of the folder copied or left out, those of the model initialised.
+
+    Attributes:
+        added_rows: rows of the vocabulary that the folder lacks.
+    """
 
     source: str
     config: BitNetConfig
     copied: Sequence[str]
     initialised: Sequence[str]
     left_out: Sequence[str]
+    added_rows: int = 0
 
     def __str__(self) -> str:
         """A few lines for people; a name that recurs in every layer stands once, with its number."""
@@ -58,6 +68,7 @@ class StartReport:
                 f"copied: {_summary(self.copied)}",
                 f"initialised (gains 1, biases 0): {_summary(self.initialised)}",
                 f"left out (tied or computed): {_summary(self.left_out)}",
+                *([f"added to the vocabulary: {self.added_rows} rows, drawn anew"] if self.added_rows else []),
                 f"model: {', '.join(f'{name} {value}' for name, value in config.items())}",
                 f"linear layers: {'ternary' if self.config.quantize else 'dense'}",
             ]
@@ -77,6 +88,11 @@ def starting_config(folder: Path) -> BitNetConfig:
         UserError: it is no model that a BitNet can start from.
     """
     config = master_folder(folder).config
+    if config.get("model_type") not in _TYPES:
+        raise UserError(
+            f"{folder / CONFIG}: model_type must be one of {', '.join(_TYPES)} to start from, got "
+            f"{config.get('model_type')!r}, which has layers that a BitNet lacks; start from another model"
+        )
     try:
         dense = config.get("model_type") in DENSE_TYPES
         return _from_dense(folder, config) if dense else BitNetConfig.from_json(config)
@@ -108,11 +124,14 @@ def _check_representable(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(folder: Path, config: BitNetConfig) -> None:
+    """The vocabulary alone may grow."""
     stored = starting_config(folder)
     for name in (*_SIZES, "num_key_value_heads"):
         there, here = getattr(stored, name), getattr(config, name)
-        if there != here:
-            raise UserError(f"model.{name} must be {there}, as in {folder}, got {here}; leave it out")
+        grows = name == "vocab_size"
+        if here < there or (here > there and not grows):
+            least = "at least " if grows else ""
+            raise UserError(f"model.{name} must be {least}{there}, as in {folder}, got {here}; leave it out")
 
 
 def _check_window(folder: Path, source: Mapping[str, Any], config: BitNetConfig) -> None:
@@ -130,7 +149,8 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
 
     Args:
         folder: masters of a BitNet, or a dense model of `DENSE_TYPES`, in safetensors of any floating dtype.
-        config: `starting_config` of the folder, or a variation of it.
+        config: `starting_config` of the folder, or a variation of it. Rows of the vocabulary that the folder lacks
+            stay as they were drawn.
 
     Raises:
         UserError: a size is changed, or a tensor is missing, has another shape, or has no place in the decoder.
@@ -146,9 +166,22 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
     check_modules(folder / CONFIG, source.config.get("quantization_config"), config)
     unused = sorted(left_out(source, parameters, config))
     copied = [name for name in parameters if name not in initialised]
+    stored = starting_config(folder).vocab_size
+    added = config.vocab_size - stored
     for name in copied:
-        copy_tensor(source, name, parameters[name])
-    return model, StartReport(f"{folder} ({model_type})", config, copied, initialised, unused)
+        if added and name in _BY_TOKEN:
+            _copy_rows(source, name, parameters[name], stored)
+        else:
+            copy_tensor(source, name, parameters[name])
+    return model, StartReport(f"{folder} ({model_type})", config, copied, initialised, unused, added)
+
+
+@torch.no_grad()
+def _copy_rows(source: HFFolder, name: str, parameter: Tensor, rows: int) -> None:
+    """Copies the first rows, which are all that the folder has; those behind them stay."""
+    whole = parameter.clone()
+    copy_tensor(source, name, whole[:rows])
+    parameter.copy_(whole)  # in one piece, of which a rank takes its rows
 
 
 def _may_be_new(name: str, model_type: object) -> bool:

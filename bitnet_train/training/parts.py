@@ -175,7 +175,9 @@ def _check_sizes(model: BitNetConfig, sequence_length: int, tokenizer: Tokenizer
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"model.vocab_size must be at least the tokenizer's ({tokenizer.vocab_size}), got {model.vocab_size}"
+            f"model.vocab_size must be at least the tokenizer's ({tokenizer.vocab_size}), got {model.vocab_size}; set "
+            f"model.vocab_size={tokenizer.vocab_size} (what init_from lacks is drawn anew), or take the tokenizer that "
+            "the model was trained with"
         )
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import lightning as L
-from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
@@ -14,7 +14,7 @@ from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
 from bitnet_train.model.execution import Execution
 from bitnet_train.optim import AdamW8bit
-from bitnet_train.training import ranks, sharding
+from bitnet_train.training import objects, ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
 from bitnet_train.training.parts import Parts
 
@@ -35,19 +35,20 @@ def make_trainer(
         save: saves the state of the run, see `Checkpointing`.
 
     Raises:
-        UserError: the number of devices is not that of the ranks, or the precision is not for training.
+        UserError: the number of devices is not that of the ranks, the precision is not for training, or a callback, a
+            logger or the Trainer is no class of that kind.
     """
     settings = parts.settings
     every = [
         *callbacks,
         Checkpointing(parts.run_dir, settings.checkpoint_every, save),
         ProgressReport(log.info),
-        *instantiate(config.callbacks).values(),
+        *objects.named(config.callbacks, "callbacks", L.Callback),
     ]
-    trainer: L.Trainer = instantiate(
+    trainer = objects.trainer(
         config.trainer,
         callbacks=every,
-        logger=[parts.metrics, *instantiate(config.logger).values()],
+        logger=[parts.metrics, *objects.named(config.logger, "logger", Logger)],
         max_steps=parts.module.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0 if parts.module.step else -1,

@@ -1,9 +1,15 @@
-"""What is asked of the C library's allocator."""
+"""How much memory there is, and what is asked of the C library's allocator."""
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+
+
+def machine_bytes() -> int:
+    """The machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory(*, one_arena: bool = False) -> None:

@@ -20,8 +20,12 @@ from bitnet_train.data.packing import PackedRows, PairRows, StreamRows
 from bitnet_train.data.store import TokenStore
 from bitnet_train.data.streaming import StreamedRows, TokenStream
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.data.workers import available_cores
 from bitnet_train.errors import UserError
+from bitnet_train.memory import machine_bytes
 from bitnet_train.user_cache import user_cache
+
+_BYTES_PER_PROCESS = 10 << 20  # that a worker forked from a trainer has for itself: 10.2 MB (2026-11-27, torch 2.13)
 
 
 class Rows(Protocol):
@@ -74,6 +78,15 @@ def _path_and_weight(entry: Any, field: str) -> tuple[str, float | None]:
     return str(entry["path"]), float(weight)
 
 
+def _check_processes(field: str, count: int) -> None:
+    most = machine_bytes() // _BYTES_PER_PROCESS
+    if count > most:
+        raise UserError(
+            f"{field} must be at most {most} on this machine, got {count}: each process takes "
+            f"{_BYTES_PER_PROCESS >> 20} MB at least; more of them than cores ({available_cores()}) wait for each other"
+        )
+
+
 @dataclass(frozen=True)
 class DataConfig(ABC):
     """What every kind of data is configured by.
@@ -103,6 +116,8 @@ class DataConfig(ABC):
             raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if self.num_proc is not None and self.num_proc < 1:
             raise UserError(f"data.num_proc must be at least 1, or null, got {self.num_proc}")
+        for name in ("num_workers", "num_proc"):
+            _check_processes(f"data.{name}", getattr(self, name) or 0)
         if self.sequence_length < 2:
             raise UserError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
         if self.bad_rows not in BAD_ROWS:

@@ -23,6 +23,8 @@ __all__ = [
     "TextData",
 ]  # `_target_`s of conf/data and what they make
 
+_REPETITIONS = 1000  # of every row in one step; small data sets are read a few times
+
 
 class DataModule(L.LightningDataModule):
     """Serves training rows in the order of `data.order`, and validation rows in their own.
@@ -38,7 +40,7 @@ class DataModule(L.LightningDataModule):
         row_sets: "train", and "val" or one "val/NAME" per named validation set.
 
     Raises:
-        UserError: the sizes do not divide, a path holds nothing, or a row is wrong.
+        UserError: the sizes do not divide, a path holds nothing, a row is wrong, or a step is far larger than the data.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DataModule(L.LightningDataModule):
         self.row_sets: dict[str, Rows] = {"train": config.training_rows(tokenizer)}
         for name, entry in config.validation_sets().items():
             self.row_sets[name] = config.rows(entry, tokenizer, f"data.{name.replace('/', '.')}")
+        _check_repetitions(global_batch_size, len(self.row_sets["train"]))
         self.steps = self.first_step = 0
 
     @property
@@ -127,6 +130,14 @@ class DataModule(L.LightningDataModule):
         collate: Callable[[Sequence[Any]], Any] = rows.collate
         assert isinstance(rows, Sized)
         return DataLoader(rows, collate_fn=collate, num_workers=self.config.num_workers, **how)  # type: ignore[arg-type]
+
+
+def _check_repetitions(global_batch_size: int, rows: int) -> None:
+    if global_batch_size > _REPETITIONS * rows:
+        raise UserError(
+            f"global_batch_size must be at most {_REPETITIONS} times the {rows} rows of data.train, got "
+            f"{global_batch_size}: a step reads each row as often, for the gradient that reading it once has"
+        )
 
 
 def _short_names(sources: Sequence[Source]) -> list[str]:

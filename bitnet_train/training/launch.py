@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing import (
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.memory import machine_bytes
 from bitnet_train.training.imports import import_lightning
 from bitnet_train.training.signals import StopRequested, handled_by
 from bitnet_train.training.status import read_status, report_status
@@ -39,6 +40,7 @@ from bitnet_train.training.worker import own_rank
 log = logging.getLogger(__name__)
 logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)  # `_conclude` says it, once
 
+_BYTES_PER_RANK = 100 << 20  # of torch and Lightning, imported
 GRACE = 5.0  # seconds that ranks have to end by themselves once another has ended badly
 _EXPLAINED = f"{RunFailed.__name__}: "  # how the message of one that needs no traceback begins
 _TIMED_OUT = ("timed out", "application timeout")  # how gloo says that it has waited too long for another rank
@@ -93,6 +95,11 @@ def _count(trainer: DictConfig) -> int:
         return max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
     if not str(devices).isdigit() or int(devices) < 1:
         raise UserError(f"trainer.devices must be a number of at least 1, or auto, got {devices}")
+    if int(devices) > (most := max(1, machine_bytes() // _BYTES_PER_RANK)):
+        raise UserError(
+            f"trainer.devices must be at most {most} on this machine, got {devices}: each is a process, which takes "
+            f"{_BYTES_PER_RANK >> 20} MB at least"
+        )
     return int(devices)
 
 

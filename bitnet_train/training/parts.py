@@ -19,6 +19,7 @@ from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.memory import machine_bytes
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import source_folder
@@ -83,6 +84,7 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
         config.data.sequence_length = model.config.max_position_embeddings
     data_config = configuration.build(config.data, "data")
     _check_sizes(model.config, data_config.sequence_length, tokenizer)
+    _check_pass(settings.micro_batch_size, data_config.sequence_length, model.config.hidden_size)
     stage = configuration.build(config.stage, "stage")
     _check_stage(stage, data_config)
     optimizer = _optimizer(config.optimizer)
@@ -178,6 +180,17 @@ def _check_sizes(model: BitNetConfig, sequence_length: int, tokenizer: Tokenizer
             f"model.vocab_size must be at least the tokenizer's ({tokenizer.vocab_size}), got {model.vocab_size}; set "
             f"model.vocab_size={tokenizer.vocab_size} (what init_from lacks is drawn anew), or take the tokenizer that "
             "the model was trained with"
+        )
+
+
+def _check_pass(rows: int, length: int, hidden_size: int) -> None:
+    """A forward pass has one hidden state of every position at least, in bfloat16."""
+    there = max(machine_bytes(), torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)
+    needed = 2 * rows * length * hidden_size
+    if needed > there:
+        raise UserError(
+            f"micro_batch_size={rows} rows of data.sequence_length={length} positions take at least "
+            f"{needed / 1e9:,.0f} GB in a forward pass, this machine has {there / 1e9:,.0f} GB; lower either"
         )
 
 

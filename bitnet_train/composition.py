@@ -139,7 +139,7 @@ class Loader(ConfigLoaderImpl):
             config = copy.deepcopy(master_config)
             with open_dict(config):
                 config[REFUSED] = str(error)
-                config.hydra.overrides.task = overrides
+                config.hydra.overrides.task = sweep_overrides
             return config
 
 
@@ -228,8 +228,8 @@ def _nearest(config: DictConfig, parts: list[str]) -> str:
 def _unquoted(override: str) -> str:
     """An argument that Hydra's grammar refuses, and how a shell takes it in quotes."""
     key, equals, value = override.partition("=")
-    tried = (_parts_quoted(value), *([] if value.startswith(("[", "{")) else [_quoted(value)]))
-    for argument in (f"{key}={quoted}" for quoted in tried if equals):
+    quoted = {"{": [], "[": [_parts_quoted(value)]}.get(value[:1], [_parts_quoted(value), _quoted(value)])
+    for argument in (f"{key}={one}" for one in quoted if equals):
         if _is_plain(argument):
             return f"{override}: a text with other signs than {_PLAIN} needs quotes; write {shlex.quote(argument)}"
     return (
@@ -246,6 +246,8 @@ def _parts_quoted(value: str) -> str:
     """The value with those of its parts quoted that need it: of [a, b], choice(a, b) or a,b."""
     found = re.fullmatch(r"(\[|\w+\(|)(.*?)(\]|\)|)", value, re.DOTALL)
     assert found is not None
+    if re.search(r"[\[\]{}'\"]", found[2]):  # commas within these part nothing
+        return value
     parts = [part.strip() for part in found[2].split(",")]
     return found[1] + ",".join(part if _is_plain(f"key={part}") else _quoted(part) for part in parts) + found[3]
 

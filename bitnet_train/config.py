@@ -10,6 +10,7 @@ _target_: a.b.C     names a frozen dataclass; `build` merges the node into its f
 """
 
 import difflib
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -108,8 +109,8 @@ class RunConfig:
         for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "log_every", "val_every"):
             _at_least_one(name, getattr(self, name))
         for name in ("max_steps", "max_tokens", "max_epochs"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number above 0, got {getattr(self, name)}")
         if (self.max_steps, self.max_tokens, self.max_epochs) == (None, None, None):
             raise UserError("set max_steps, max_tokens or max_epochs: the run has no end")
         if self.quantization_warmup_steps < 0:

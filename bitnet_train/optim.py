@@ -210,12 +210,10 @@ class ByTarget(OptimizerConfig):
             UserError: there is no such class, or it refuses an option.
         """
         groups = parameter_groups(parameters, self.no_decay)
+        cls: Callable[..., object] = class_named(self.target, "optimizer._target_", (Optimizer,))
         try:
-            optimizer = self._class()(groups, lr=0.0, **self.options)
+            optimizer = cls(groups, lr=0.0, **self.options)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer._target_={self.target} refuses its options {self.options}: {error}") from error
         assert isinstance(optimizer, Optimizer)
         return optimizer
-
-    def _class(self) -> Callable[..., object]:
-        return class_named(self.target, "optimizer._target_", (Optimizer,))

@@ -68,6 +68,14 @@ def test_failed_jobs_do_not_end_a_sweep(
     assert printed[-1].split()[-1] == "seed=3"  # what all jobs have in common is left out
 
 
+def test_a_job_that_cannot_be_composed_does_not_end_a_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(folder, monkeypatch, "-m", *JOB, "run_dir=composed", "dry_run=true", "stage=nope,pretrain") == 2
+    table = rows(folder / "composed")
+    assert [(row["job"], row["state"], row["code"]) for row in table] == [("0", "failed", 2), ("1", "done", 0)]
+    assert "stage has no 'nope'; it has " in table[0]["reason"]
+    assert "stage=nope" in table[0]["overrides"]
+
+
 def test_the_same_sweep_again_finds_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["-m", *JOB, "run_dir=again", "seed=0,1"]
     assert command(folder, monkeypatch, *arguments) == 0

@@ -263,7 +263,15 @@ def test_a_dry_run_trains_nothing(data: Path) -> None:
 
 BAD_INPUT = {
     "+recipe=nope": "unknown recipe 'nope'; the recipes are ",
-    "nonsense=1": "nonsense",
+    "nonsense=1": "unknown key nonsense",
+    "global_batch_sze=1": "did you mean global_batch_size?",
+    "data.train=größe.jsonl": "data.train=größe.jsonl: a text with other signs",
+    "seed=99999999999999999999": "seed must lie between -2^62 and 2^62",
+    "max_epochs=inf": "max_epochs must be a number above 0, got inf",
+    "model.foo=99999999999999999999": "unknown key model.foo",
+    "global_batch_size=1000000000000": "global_batch_size must be at most 1000 times",
+    "stage._target_=os.system": "stage._target_ must name a dataclass of this package, got 'os.system'",
+    "+callbacks.x._target_=os.makedirs": "callbacks.x._target_ must name a class of the kind lightning",
     "+nonsense=1": "unknown key nonsense",
     "optimizer.betas=[0.9,2]": "optimizer.betas must lie in [0, 1)",
     "max_steps=many": "max_steps",

@@ -1,6 +1,7 @@
 """Starting a BitNet from dense models that transformers wrote: every tensor, the configuration, and the function."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitnet_train.formats.hf_folder import HFFolder
 from bitnet_train.model.bitlinear import BitLinear
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.rope import RopeScaling
+from bitnet_train.model.skeleton import own_rows
 from bitnet_train.model.start import start_from, starting_config
 from tests.folders import edit_config, edit_tensor, write_master
 from tests.parity.reference import randomize, relative
@@ -218,6 +220,39 @@ def test_a_changed_size_is_refused(tmp_path: Path) -> None:
     config = BitNetConfig(**{**vars(starting_config(tmp_path)), "num_key_value_heads": 1})
     with pytest.raises(UserError, match=r"model.num_key_value_heads must be 2, as in .*, got 1; leave it out"):
         start_from(tmp_path, config)
+
+
+@pytest.mark.parametrize("name", ["llama", "bitnet"])
+def test_the_vocabulary_may_grow_and_not_shrink(tmp_path: Path, name: str) -> None:
+    """A tokenizer with a token more than the embedding; own_rows is what ranks with shards do."""
+    if name == "bitnet":
+        write_master(tmp_path)
+    else:
+        write_dense(tmp_path, name)
+    stored = starting_config(tmp_path)
+    config = replace(stored, vocab_size=stored.vocab_size + 3)
+    kept, _ = start_from(tmp_path, stored)
+    grown, report = start_from(tmp_path, config)
+    assert "added to the vocabulary: 3 rows, drawn anew" in str(report)
+    for key, parameter in kept.named_parameters():
+        assert torch.equal(grown.get_parameter(key)[: len(parameter)], parameter)
+    added = grown.model.embed_tokens.weight[stored.vocab_size :]
+    assert 0 < added.std() < 2 * config.initializer_range
+    with own_rows(lambda length: range(length // 2, length)):
+        half, _ = start_from(tmp_path, config)
+    rows = half.model.embed_tokens.weight
+    whole = kept.model.embed_tokens.weight
+    assert torch.equal(rows[len(rows) // 2 : len(whole)], whole[len(rows) // 2 :])
+    with pytest.raises(UserError, match=r"model.vocab_size must be at least \d+, as in .*; leave it out"):
+        start_from(tmp_path, replace(stored, vocab_size=stored.vocab_size - 1))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3", None])
+def test_another_type_names_those_that_can_be_started_from(tmp_path: Path, model_type: object) -> None:
+    write_dense(tmp_path, "llama")
+    edit_config(tmp_path, model_type=model_type)
+    with pytest.raises(UserError, match="must be one of bitnet, llama, mistral, qwen2 to start from, got"):
+        starting_config(tmp_path)
 
 
 def test_a_damaged_bitnet_does_not_pass_for_a_dense_model(tmp_path: Path) -> None:

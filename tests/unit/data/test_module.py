@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +224,17 @@ def test_a_source_without_a_token_is_an_error(tmp_path: Path) -> None:
         TextData(8, cache_dir=str(tmp_path)).rows(path, TOKENIZER)
 
 
+@pytest.mark.parametrize(("size", "allowed"), [(1000, True), (1001, False), (10**12, False)])
+def test_a_step_is_not_far_larger_than_the_data(tmp_path: Path, size: int, allowed: bool) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": "one row"}]))
+    config = TextData(64, train=path, cache_dir=str(tmp_path))
+    expected = (
+        nullcontext() if allowed else pytest.raises(UserError, match=r"at most 1000 times the 1 rows of data.train")
+    )
+    with expected:
+        DataModule(config, TOKENIZER, seed=0, global_batch_size=size, micro_batch_size=1)
+
+
 # ---- long rows ----
 
 
@@ -253,6 +265,8 @@ def test_long_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"train_on": "user"}, "data.train_on must be one of assistant, last, all, got 'user'"),
         ({"num_proc": 0}, "data.num_proc must be at least 1, or null, got 0"),
         ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"num_workers": 10**9}, r"data.num_workers must be at most \d+ on this machine, got 1000000000"),
+        ({"num_proc": 10**7}, r"data.num_proc must be at most \d+ on this machine, got 10000000"),
         ({"sequence_length": 1}, "data.sequence_length must be at least 2, got 1"),
     ],
 )

@@ -160,6 +160,25 @@ def test_a_truncated_download_is_an_error(tmp_path: Path, compression: str) -> N
         list(read_rows(str(path)))
 
 
+def zstd_frame(window_log: int, content: bytes) -> bytes:
+    """A frame of one raw block (RFC 8878, section 3.1.1) that asks for a window of 2^window_log bytes."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block
+
+
+def test_zstd_windows(tmp_path: Path) -> None:
+    """zstd --long=28 is a whole file, which is not read; --long=27 is read."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd_frame(27, JSON_LINES))
+    assert len(list(read_rows(str(path)))) == len(ROWS)
+    for window_log in (28, 31):
+        path.write_bytes(zstd_frame(window_log, JSON_LINES))
+        with pytest.raises(
+            UserError, match=r"a window of more than 128 MB .*; write it anew without: zstd -d --long=31"
+        ):
+            list(read_rows(str(path)))
+
+
 @pytest.mark.parametrize("container", ["stream", "file"])
 @pytest.mark.parametrize("offsets", [(2**30, 2**30 + 5, -7), (11, 5, 33)])
 def test_offsets_in_an_arrow_file_are_checked(tmp_path: Path, container: str, offsets: tuple[int, int, int]) -> None:

@@ -100,6 +100,8 @@ def test_every_gpu_of_the_machine_has_a_rank(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"devices": 0}, "trainer.devices must be a number of at least 1, or auto, got 0"),
         ({"devices": "two"}, "got two"),
+        ({"devices": 10**9}, "on this machine, got 1000000000: each is a process, which takes 100 MB"),
+        ({"devices": 10**30}, "trainer.devices must be at most"),
         ({"devices": 8, "num_nodes": 2}, "start it on every machine with torchrun or srun"),
     ],
 )

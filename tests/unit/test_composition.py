@@ -198,4 +198,5 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: bytes, message: str) -> 
 
 def test_a_recipe_may_set_a_sweep(tmp_path: Path) -> None:
     text = RECIPE + "hydra: {mode: MULTIRUN, sweep: {subdir: a}, sweeper: {params: {seed: '1,2'}}}\n"
-    assert source(tmp_path, text).load_config("recipe/mine").config.hydra.sweep.subdir == "a"
+    config = source(tmp_path, text).load_config("recipe/mine").config
+    assert OmegaConf.select(config, "hydra.sweep.subdir") == "a"

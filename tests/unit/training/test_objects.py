@@ -1,9 +1,12 @@
+from typing import Any
+
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 
+from bitnet_train.classes import check_object
 from bitnet_train.errors import UserError
 from bitnet_train.training import objects
 
@@ -60,10 +63,9 @@ def test_a_trainer_takes_objects_where_lightning_does() -> None:
         "_target_": "lightning.pytorch.strategies.DDPStrategy",
         "cluster_environment": {"_target_": "lightning.fabric.plugins.environments.LightningEnvironment"},
     }
-    objects.check_object(
-        {"_target_": "lightning.Trainer", "strategy": strategy}, "trainer", (L.Trainer,), objects._TAKEN
-    )
-    assert isinstance(trainer(profiler=profiler).profiler, SimpleProfiler)
+    check_object({"_target_": "lightning.Trainer", "strategy": strategy}, "trainer", (L.Trainer,), objects._TAKEN)
+    made: Any = trainer(profiler=profiler)
+    assert isinstance(made.profiler, SimpleProfiler)
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ class Loader(ConfigLoaderImpl):
             check_hydra(config.hydra)
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # all that is read is the user's, and Hydra raises what Python raises for a wrong type
+        except Exception as error:  # all of it is the user's, and Hydra raises what Python does for a wrong type
             raise UserError(self._unknown_key(error, *options) or explained(error)) from error
         expand_home(config)
         return config

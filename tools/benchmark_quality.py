@@ -34,6 +34,7 @@ import bitnet_train.training.run  # noqa: F401  (imported once, for all the runs
 from bitnet_train import cli
 from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.metrics import read_events
 from bitnet_train.options import integer
 
 DATA = Path("runs/quickstart/data")
@@ -139,8 +140,8 @@ def _train(words: Sequence[str]) -> None:
 def value(options: Options, name: str, seed: int) -> float:
     """A figure of the module's text, for one seed; also added to figures.jsonl."""
     figure = FIGURES[name]
-    lines = (run_dir(options, figure.run, seed) / "metrics.jsonl").read_text().splitlines()
-    logged = [event[figure.metric] for event in map(json.loads, lines) if figure.metric in event]
+    events = read_events(run_dir(options, figure.run, seed))
+    logged = [event[figure.metric] for event in events if figure.metric in event]
     found = statistics.fmean(logged[slice(*figure.which)])
     with (options.out / "figures.jsonl").open("a") as file:
         file.write(json.dumps({"figure": name, "seed": seed, "value": found}) + "\n")

@@ -18,6 +18,7 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import ArgumentParser, run_command
 from bitnet_train.evaluation.perplexity import Likelihood, evaluate
 from bitnet_train.export import ExportResult, export, verify
+from bitnet_train.formats.metrics import Event, read_events
 from bitnet_train.generate import Sampling, complete
 from bitnet_train.kernels.processor import HAS_BFLOAT16
 from bitnet_train.model.pretrained import load_for_inference
@@ -29,8 +30,6 @@ QUESTIONS = (
     "Explain what the rule `{rule}` does.",
     "My linter reports `{rule}`. What did it find?",
 )
-
-Metrics = dict[str, float]
 
 
 def command(*arguments: str) -> None:
@@ -63,9 +62,9 @@ def exported(target: Path, **how: Any) -> ExportResult:
     return export(source, target, force=True, **how)
 
 
-def events(stage: str) -> list[Metrics]:
+def events(stage: str) -> list[Event]:
     """The log events of a stage, oldest first."""
-    return [json.loads(line) for line in (ROOT / stage / "metrics.jsonl").read_text().splitlines()]
+    return read_events(ROOT / stage)
 
 
 def first_and_last(stage: str, name: str) -> tuple[float, float]:

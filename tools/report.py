@@ -5,7 +5,7 @@ python tools/report.py RUN [OUT.html]        OUT is RUN/report.html if left out
 
 from pathlib import Path
 
-from bitnet_train.errors import ArgumentParser, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.report import report
 
@@ -17,8 +17,11 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT.html", type=Path, nargs="?", help="the page; RUN/report.html if left out")
     arguments = parser.parse_args()
     page, out = report(arguments.run), arguments.out or arguments.run / "report.html"
-    with atomic_file(out) as file:
-        file.write_text(page, encoding="utf-8")
+    try:
+        with atomic_file(out) as file:
+            file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another file") from None
     print(out)
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from bitnet_train.data.tokenizer import train_bpe
 from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.formats.metrics import METRICS, Event, event_lines
 from bitnet_train.options import integer, seed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +207,7 @@ def _wait_for(group: Group, run_dir: Path, step: int, before: int) -> None:
 
 def _inode(run_dir: Path) -> int:
     """Which file metrics.jsonl is: a start that goes on writes it anew, without the steps that it makes again."""
-    file = run_dir / "metrics.jsonl"
+    file = run_dir / METRICS
     return file.stat().st_ino if file.exists() else 0
 
 
@@ -220,11 +221,10 @@ def _step(run_dir: Path) -> int:
     return max((event["step"] for event in _events(run_dir)), default=0)
 
 
-def _events(run_dir: Path) -> list[dict[str, int]]:
+def _events(run_dir: Path) -> list[Event]:
     """The log events without what depends on the clock; a line that a kill has torn does not count."""
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [{name: value for name, value in json.loads(line).items() if name not in CLOCKED} for line in lines]
+    events = (event for _, event in event_lines(run_dir / METRICS) if event is not None)
+    return [{name: value for name, value in event.items() if name not in CLOCKED} for event in events]
 
 
 def compare(whole: Path, killed: Path) -> dict[str, bool]:

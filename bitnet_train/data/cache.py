@@ -8,7 +8,6 @@ Names of files are no part of the key: a moved corpus is found again, a changed 
 while others that want it wait. One that is killed is gone on with, and ends with the same bytes.
 """
 
-import fcntl
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -30,6 +29,7 @@ from bitnet_train.data.saved import files_of
 from bitnet_train.data.sources import BadRow, Row, scan_rows
 from bitnet_train.data.store import Counts, StoreWriter, TokenStore, is_intact
 from bitnet_train.errors import UserError
+from bitnet_train.formats.file_lock import FileLock
 
 BAD_ROWS = ("error", "skip")
 _COMMIT_TOKENS = 1 << 24  # tokens between commits: what a kill can cost, some ten seconds of work
@@ -108,21 +108,19 @@ def _code_version() -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process builds what is going to be at the path; the operating system frees the lock of one that dies."""
+    """Only one process builds what is going to be at the path."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _tag(folder.parents[1])
-        file = folder.with_name(f"{folder.name}.lock").open("w")
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {folder.parent} cannot be written ({error.strerror}); name another folder"
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with lock:
+        if not lock.take():
             say(f"waiting for another process that builds {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.take(wait=True)
         yield
 
 

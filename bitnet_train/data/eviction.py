@@ -5,15 +5,19 @@
     CACHE_DIR/reference-*.safetensors   log-probabilities of DPO's reference
 
 All of it is made again when it is wanted again. A store that a process is building now is left alone, and a run that
-has one open keeps reading it: its bytes live until the run ends. An index is in the memory of a run that uses it.
+has one open keeps reading it: its bytes live until the run ends. An index is in the memory of a run that uses it. What
+vanishes while it is looked at is left out: runs and other commands are at work here.
 """
 
-import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.file_lock import FileLock
+from bitnet_train.formats.json_file import read_json
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Entry:
 
 def entries(cache_dir: Path) -> list[Entry]:
     """What the cache holds, the last used first."""
-    return sorted(map(_entry, _paths(cache_dir)), key=lambda entry: -entry.used)
+    found = (entry for path in _paths(cache_dir) if (entry := _entry(path)) is not None)
+    return sorted(found, key=lambda entry: -entry.used)
 
 
 def evict(cache_dir: Path, keep: int) -> list[Entry]:
@@ -51,28 +56,39 @@ def _paths(cache_dir: Path) -> Iterator[Path]:
     yield from cache_dir.glob("reference-*.safetensors")
 
 
-def _entry(path: Path) -> Entry:
-    files = list(path.iterdir()) if path.is_dir() else [path]
-    stats = [file.stat() for file in files] or [path.stat()]
+class _Manifest(TypedDict):
+    tokens: int
+
+
+def _entry(path: Path) -> Entry | None:
+    try:
+        files = list(path.iterdir()) if path.is_dir() else [path]
+        stats = [file.stat() for file in files] or [path.stat()]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
     return Entry(path, sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats), _tokens(path))
 
 
 def _tokens(path: Path) -> int | None:
     try:
-        return int(json.loads((path / "manifest.json").read_text())["tokens"])
-    except (OSError, ValueError, KeyError):
+        return int(read_json(path / "manifest.json", _Manifest)["tokens"])
+    except UserError:
         return None
 
 
 def _remove(path: Path) -> bool:
-    """Whether it could be removed: nobody is building it."""
-    if path.is_file():
-        path.unlink()
+    """Whether it is gone: nobody is building it, and it could be removed."""
+    try:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+            return True
+        with FileLock(path.with_name(f"{path.name.removesuffix('.partial')}.lock")) as lock:
+            if lock.take():
+                shutil.rmtree(path)
+            return not path.exists()
+    except FileNotFoundError:
         return True
-    with path.with_name(f"{path.name.removesuffix('.partial')}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        shutil.rmtree(path)
-        return True
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be removed ({error.strerror}); check its permissions") from None

@@ -18,6 +18,7 @@ import yaml
 
 from bitnet_train.export.source import Source
 from bitnet_train.export.targets import Target, readers
+from bitnet_train.formats.metrics import read_events
 from bitnet_train.formats.model_card import read_yaml, split_card
 from bitnet_train.formats.private_paths import text_without_paths, without_path
 
@@ -149,24 +150,13 @@ def _history(source: Source) -> str:
 
 
 def _last_metrics(run_dir: Path) -> dict[str, object]:
-    """The last value of every metric of the run, but for those of speed."""
+    """The last value of every metric of the run."""
     last: dict[str, float] = {}
-    path = run_dir / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        last |= _event(line)
+    for event in read_events(run_dir):
+        last |= event
     return {
         _escaped(name): f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for name, value in last.items()
     }
-
-
-def _event(line: str) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl; none of one that was torn when the run was killed."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    numbers = event.items() if isinstance(event, dict) else ()
-    return {name: value for name, value in numbers if type(value) in (int, float)}
 
 
 def _at(config: Mapping[str, Any], key: str) -> object:

@@ -4,7 +4,6 @@ torch.load reads plain containers only (weights_only) and maps the tensors, so t
 As with safetensors, what was touched stays resident while the file is mapped: it is mapped anew for each tensor.
 """
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -14,38 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_train.errors import UserError
 from bitnet_train.formats.parts import row_slices
-from bitnet_train.formats.shards import fill, outline
+from bitnet_train.formats.shards import State, fill, outline
+from bitnet_train.formats.state_file import STATE, ModelState, read_state
 from bitnet_train.model.weights import check_finite
 from bitnet_train.quant import TernaryWeight, quantize_weight
-
-STATE = "state.pt"
 
 
 @dataclass(frozen=True)
 class CheckpointWeights:
     """The `Weights` of a checkpoint.
 
+    Args:
+        path: its folder.
+
     Raises (every method):
         UserError: the file is damaged, or no checkpoint of this project.
     """
 
-    file: Path
+    path: Path
 
-    @property
-    def path(self) -> Path:
-        """The checkpoint's folder."""
-        return self.file.parent
-
-    def _state(self) -> dict[str, Any]:
-        try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.file}: cannot be read: {str(error).splitlines()[0]}; take another one") from None
-        if not isinstance(state, dict) or not {"model", "identity"} <= state.keys():
-            raise UserError(f"{self.file}: must hold the state of a run (model, identity); give a checkpoint of one")
-        return state
+    def _state(self) -> State:
+        return read_state(self.path, ModelState)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +60,7 @@ class CheckpointWeights:
 
     def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
         tensor = self._whole(name)[rows]
-        check_finite(self.file, name, tensor)
+        check_finite(self.path / STATE, name, tensor)
         return tensor
 
     def ternary(self, name: str) -> TernaryWeight:

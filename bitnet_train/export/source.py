@@ -6,7 +6,6 @@ an HF folder                           masters, or packed codes of either class;
 a GGUF file                            codes and scales, and the tokenizer
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,17 +16,19 @@ from typing import Any, Literal, Protocol
 from bitnet_train.data.template import renewed
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
-from bitnet_train.export.checkpoint import STATE, CheckpointWeights
+from bitnet_train.export.checkpoint import CheckpointWeights
 from bitnet_train.export.tokenization import prove_keys
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_file import GGUFFile, is_gguf
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, quantization_config
-from bitnet_train.formats.json_file import read_json, write_json
+from bitnet_train.formats.json_file import parsed_json, read_json, write_json
+from bitnet_train.formats.link import followed
 from bitnet_train.formats.model_card import licence_of
 from bitnet_train.formats.packing import packed_shape
 from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.recognise import what_it_is
+from bitnet_train.formats.state_file import STATE
 from bitnet_train.formats.tokenizer_files import Roles, TokenizerFiles
 from bitnet_train.model.accounting import check_modules, expendable, left_out
 from bitnet_train.model.config import BitNetConfig
@@ -203,15 +204,16 @@ def open_source(path: Path, *, quantize: bool = False, tokenizer: Path | None = 
     Raises:
         UserError: there is no BitNet model, or its parts do not fit together.
     """
-    if path.is_file():
+    checkpoint = followed(path)  # of checkpoints/last
+    if checkpoint.is_file():
         if not is_gguf(path):
             raise UserError(
                 f"{path}: must be a finished run's directory, a model folder, a checkpoint or a GGUF file: "
                 f"{what_it_is(path)}"
             )
         source = _gguf(path)
-    elif (path / STATE).is_file():
-        source = _checkpoint(path)
+    elif (checkpoint / STATE).is_file():
+        source = _checkpoint(checkpoint)
     else:
         source = _folder(path, quantize)
     if tokenizer is not None:
@@ -279,12 +281,11 @@ def _gguf(path: Path) -> Source:
 
 
 def _checkpoint(path: Path) -> Source:
-    path = path.resolve()  # checkpoints/last is a link
-    weights = CheckpointWeights(path / STATE)
-    config_json = json.loads(weights.identity["model"])
-    run_dir = path.parent.parent
-    tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config_json["vocab_size"]}, renewed)
+    weights = CheckpointWeights(path)
+    config_json = parsed_json(weights.identity["model"], f"{path / STATE}: identity.model")
     config = _config(path, config_json)
+    run_dir = path.parent.parent
+    tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config.vocab_size}, renewed)
     return Source(path, "master", config, config_json, weights, tokenizer, weights.shapes, run_dir.name, run_dir)
 
 

@@ -74,7 +74,7 @@ def _too_deep(where: str) -> UserError:
     return UserError(f"{where}: is nested more than {MAX_DEPTH} levels deep; write it again")
 
 
-def check(content: Mapping[str, Any], where: str, schema: Any) -> None:
+def check(content: Mapping[str, Any], where: str, schema: Any, remedy: str = "mend the file") -> None:
     """Compares the fields of an object with a schema.
 
     Raises:
@@ -85,12 +85,13 @@ def check(content: Mapping[str, Any], where: str, schema: Any) -> None:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("$").removeprefix(".") or "the file"
-        raise UserError(f"{where}: {field}: {_in_words(problem)}; mend the file") from None
+        raise UserError(f"{where}: {field}: {_in_words(problem)}; {remedy}") from None
 
 
 def _in_words(problem: str) -> str:
     """msgspec's message: Expected `int | null`, got `str`."""
-    wanted, _, got = problem.replace("Expected ", "must be ", 1).partition(", got ")
+    problem = problem.replace("Expected ", "must be ", 1).replace("Object missing required field", "must have", 1)
+    wanted, _, got = problem.partition(", got ")
     spelled = re.sub(r"`([^`]*)`", lambda found: _named(found[1]), wanted)
     return f"{spelled}, got {_named(got.strip('`'))}" if got else spelled
 

@@ -62,11 +62,11 @@ def fill(state: State, folder: Path, mesh: DeviceMesh | None = None) -> State:
     Raises:
         UserError: the folder's metadata are damaged, or lack a tensor.
     """
-    marks = [leaf for leaf in _leaves(state) if _is_marked(leaf)]
+    marks = [leaf for leaf in _leaves(state) if is_marked(leaf)]
     tensors = _read(folder, marks, mesh) if marks else {}
 
     def filled(path: str, leaf: Any) -> Any:
-        if _is_marked(leaf):
+        if is_marked(leaf):
             return tensors[leaf]
         if mesh is None or not isinstance(leaf, Tensor) or leaf.ndim == 0 or path.startswith(_OWN):
             return leaf
@@ -81,7 +81,7 @@ def outline(state: State, folder: Path) -> State:
     stored = _Stored(folder)
 
     def outlined(path: str, leaf: Any) -> Any:
-        if not _is_marked(leaf):
+        if not is_marked(leaf):
             return leaf
         size, dtype = stored.kind(leaf)
         return torch.empty(size, dtype=dtype, device="meta")
@@ -90,7 +90,8 @@ def outline(state: State, folder: Path) -> State:
     return outlined_state
 
 
-def _is_marked(leaf: Any) -> bool:
+def is_marked(leaf: Any) -> bool:
+    """Whether a leaf of a state stands in the place of a sharded tensor."""
     return isinstance(leaf, str) and leaf.startswith(_MARK)
 
 

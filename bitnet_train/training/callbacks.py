@@ -1,5 +1,6 @@
 """What happens between optimizer steps: saving, stopping when asked, and telling the user how far the run is."""
 
+import math
 import signal
 import sys
 import time
@@ -20,17 +21,20 @@ from bitnet_train.training.signals import SIGNALS, StopRequested
 class Checkpointing(L.Callback):
     """Saves every `every` steps and when asked; stops when asked, with the state saved.
 
-    Asked means: a signal to any rank (the handler only sets a flag), or a file SAVE or STOP in the run directory. All
-    ranks agree on it at a step boundary, after the validation of that step, so that a resumed run repeats nothing.
+    Asked means: a signal to any rank (the handler only sets a flag), a file SAVE or STOP in the run directory, or that
+    the time is over. All ranks agree on it at a step boundary, after the validation of that step, so that a resumed run
+    repeats nothing.
 
     Args:
         run_dir: where SAVE and STOP are looked for.
         every: optimizer steps between checkpoints.
         save: saves the state of the run, and returns why that failed ("" if it did not), on every rank the same.
+        max_time: seconds from the start of training after which it is asked to stop.
     """
 
-    def __init__(self, run_dir: Path, every: int, save: Callable[[], str]) -> None:
-        self.run_dir, self.every, self.save = run_dir, every, save
+    def __init__(self, run_dir: Path, every: int, save: Callable[[], str], max_time: float = math.inf) -> None:
+        self.run_dir, self.every, self.save, self.max_time = run_dir, every, save, max_time
+        self._started = math.inf
         self._signal = 0
         self._saved_step = -1
 
@@ -54,15 +58,21 @@ class Checkpointing(L.Callback):
 
     def _agreed(self) -> tuple[bool, str]:
         """Whether any rank was asked to save, and why to stop ("" for no reason)."""
-        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), self._signal]
-        save, stop_file, number = ranks.maxima([int(value) for value in asked])
-        return bool(save), "STOP file" if stop_file else signal.Signals(number).name if number else ""
+        over = time.monotonic() - self._started >= self.max_time
+        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), over, self._signal]
+        save, stop_file, over, number = ranks.maxima([int(value) for value in asked])
+        reasons = {
+            "STOP file": stop_file,
+            "trainer.max_time": over,
+            **({signal.Signals(number).name: 1} if number else {}),
+        }
+        return bool(save), next((reason for reason, given in reasons.items() if given), "")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the handlers where no sanity check did. What a run starts from is not saved again."""
         assert isinstance(pl_module, TrainingModule)
         self.on_sanity_check_start(trainer, pl_module)
-        self._saved_step = pl_module.step
+        self._saved_step, self._started = pl_module.step, time.monotonic()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -4,7 +4,7 @@
                                             sharded tensors lie in files of their own beside it (`shards`)
     checkpoints/step-000100/metrics.json    the validation loss of this step, where one was measured
     checkpoints/step-000100/manifest.json   size and sha256 of every file, written last
-    checkpoints/last, best                  links to the newest, and to the one with the lowest validation loss
+    checkpoints/last, best                  lead to the newest, and to the one with the lowest validation loss (`link`)
 
 The order is that of `formats.atomic`: files, fsync, rename, fsync of the parent. A kill at any moment leaves the
 earlier checkpoints as they were. Resuming takes the highest step whose manifest verifies, and renames one that does
@@ -15,10 +15,9 @@ import errno
 import hashlib
 import json
 import logging
-import pickle
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,10 @@ import torch
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_folder, sweep
+from bitnet_train.formats.link import followed, point
+from bitnet_train.formats.state_file import STATE, RunState, read_state
 
-STATE, METRICS, MANIFEST, LAST, BEST = "state.pt", "metrics.json", "manifest.json", "last", "best"
+METRICS, MANIFEST, LAST, BEST = "metrics.json", "manifest.json", "last", "best"
 LOSS = "val/loss"
 NEVER_ALLOWED = ("model", "tokenizer", "optimizer")  # their state does not fit another one
 _PREFIX, _BAD, _OLD = "step-", ".bad", ".old"
@@ -86,15 +87,27 @@ def seal(folder: Path) -> None:
 
 
 def retain(newest: Path, keep_last: int, keep_best: int = 0) -> None:
-    """Sets the links of a new checkpoint's folder, and removes from it what need not be kept; see `save`."""
+    """Sets the names of a new checkpoint's folder, and removes from it what need not be kept; see `save`."""
     folder = newest.parent
-    _link(folder / LAST, newest)
     best = _best(folder)[:keep_best]
-    if best:
-        _link(folder / BEST, best[0])
+    for link, target in {LAST: newest, **({BEST: best[0]} if best else {})}.items():
+        with _told():
+            point(folder / link, target.name)
     for old in _steps(folder)[:-keep_last] if keep_last > 0 else []:
         if old not in best:
-            shutil.rmtree(old)
+            with _told():
+                shutil.rmtree(old)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The checkpoint itself is written: what the disk refuses around it is a warning, but for what is gone already."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s: %s; the new checkpoint is whole", error.filename, error.strerror)
 
 
 def settle(folder: Path, keep_last: int, keep_best: int) -> None:
@@ -123,13 +136,6 @@ def refusals(path: Path) -> Iterator[None]:
         if not isinstance(refused, OSError):
             refused = OSError(errno.EIO, str(error).splitlines()[0], str(path))
         raise refused from None
-
-
-def _link(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(link)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -171,7 +177,8 @@ def newest(folder: Path) -> Path | None:
     for checkpoint in reversed(_steps(folder)):
         if verifies(checkpoint):
             return checkpoint
-        log.warning("%s is damaged and set aside as %s", checkpoint, _set_aside(checkpoint, _BAD).name)
+        with suppress(FileNotFoundError):  # somebody removes it meanwhile
+            log.warning("%s is damaged and set aside as %s", checkpoint, _set_aside(checkpoint, _BAD).name)
     return None
 
 
@@ -198,7 +205,7 @@ def find(folder: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return newest(folder)
-    checkpoint = Path(resume)
+    checkpoint = followed(Path(resume))
     if not (checkpoint / MANIFEST).is_file() and not (checkpoint / STATE).is_file():
         raise UserError(f"resume={resume}: no checkpoint there (a folder with {STATE}); give one, auto or never")
     if not verifies(checkpoint):
@@ -217,7 +224,7 @@ def load(checkpoint: Path, identity: dict[str, Any], allowed: Sequence[str] = ()
         UserError: it was made by another run, cannot be read, or holds more than plain containers.
     """
     _check_allowed(allowed, identity)
-    state = _read_state(checkpoint / STATE)
+    state = read_state(checkpoint, RunState)
     differences = [
         f"{key}: {state['identity'].get(key)} there, {value} now"
         for key, value in identity.items()
@@ -239,16 +246,3 @@ def _check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:
                 f"resume_allow must name some of {', '.join(possible)}, got {name!r}; to train on with another model, "
                 "tokenizer or optimizer start anew from the weights: init_from=RUN_DIR"
             )
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = next(line for line in reversed(str(error).splitlines()) if line.strip())
-        raise UserError(f"{file}: holds more than tensors and plain containers, and is not read: {reason}") from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read: {str(error).splitlines()[0]}; take another checkpoint") from None
-    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
-        raise UserError(f"{file}: must hold the state of a run; give a checkpoint of one")
-    return state

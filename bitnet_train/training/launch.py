@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing import (
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.link import followed
 from bitnet_train.memory import machine_bytes
 from bitnet_train.training.imports import import_lightning
 from bitnet_train.training.signals import StopRequested, handled_by
@@ -213,8 +214,8 @@ def _was_deaf(failure: ProcessFailure, signal_number: int) -> bool:
 
 
 def _saved_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, from the name that `checkpoints/last` points to."""
-    name = (run_dir / "checkpoints/last").resolve().name
+    """The step of the newest checkpoint, from the name to which `checkpoints/last` leads."""
+    name = followed(run_dir / "checkpoints/last").name
     return int(name.rpartition("-")[2]) if "-" in name else 0
 
 

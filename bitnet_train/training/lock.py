@@ -1,20 +1,13 @@
-"""One run per directory: a lock that the operating system frees when its holder dies, however that happens."""
+"""One run per directory."""
 
 import errno
-import fcntl
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from bitnet_train.errors import RunFailed, UserError
+from bitnet_train.formats.file_lock import FileLock
 from bitnet_train.training import ranks
-
-log = logging.getLogger(__name__)
-
-_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # what file systems answer where another process holds the lock
 
 
 class RunLock:
@@ -25,23 +18,16 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / ".lock"
+        self.run_dir = run_dir
         try:
-            self.file: IO[str] = self.path.open("w")
+            self.lock = FileLock(run_dir / ".lock")
         except OSError as error:
             raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror}); use another") from None
 
     def take(self) -> None:
-        """Takes the lock; where the file system knows no locks, a warning is all that can be done."""
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            run_dir = self.path.parent
-            if error.errno in _TAKEN:
-                raise UserError(
-                    f"run_dir={run_dir}: another run is at work there; wait for it or use another"
-                ) from None
-            log.warning("run_dir=%s: its file system has no locks (%s); start no second run there", run_dir, error)
+        """Takes the lock."""
+        if not self.lock.take():
+            raise UserError(f"run_dir={self.run_dir}: another run is at work there; wait for it or use another")
 
     def check(self) -> None:
         """Fails if the directory is no longer the one that was locked.
@@ -49,8 +35,8 @@ class RunLock:
         Raises:
             FileNotFoundError: it has vanished, or something else lies in its place.
         """
-        if not self.path.exists() or not os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
-            raise FileNotFoundError(errno.ENOENT, "the run directory has vanished", str(self.path.parent))
+        if not self.lock.is_in_place():
+            raise FileNotFoundError(errno.ENOENT, "the run directory has vanished", str(self.run_dir))
 
 
 @contextmanager
@@ -61,7 +47,7 @@ def locked(run_dir: Path) -> Iterator[RunLock]:
         RunFailed: in the block a file was missing, and so is the directory.
     """
     lock = RunLock(run_dir)
-    with lock.file:
+    with lock.lock:
         ranks.on_first(lock.take)
         try:
             yield lock

@@ -1,17 +1,27 @@
-"""metrics.jsonl: one JSON object per log event, kept over resumes."""
+"""Where a run logs: metrics.jsonl, kept over resumes, and the loggers of its configuration beside it."""
 
 import json
 import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch.loggers import Logger
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.metrics import event_lines
+from bitnet_train.training import objects
 
 log = logging.getLogger(__name__)
+
+_WANDB_ID = "wandb-id.txt"
+_VARIABLES = {"name": "WANDB_NAME", "id": "WANDB_RUN_ID"}  # W&B's own, which a user has set
 
 
 class JsonlLogger(Logger):
@@ -79,6 +89,62 @@ def _cut(file: Path, size: int) -> None:
         os.truncate(file, size)
 
 
+def make_loggers(config: DictConfig, run_dir: Path, is_resumed: bool) -> list[Logger]:
+    """The loggers that the configuration names.
+
+    One of Weights & Biases gets the configuration, the name of the run, and the id under which the run that is resumed
+    was logged, each where nothing else was set.
+    """
+    known = {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "name": run_name(config.recipe_name, run_dir),
+        "id": _wandb_id(run_dir) if is_resumed else None,
+    }
+    return [_logger(node, known) for node in objects.checked(config.logger, "logger", Logger)]
+
+
+def _logger(node: DictConfig, known: Mapping[str, object]) -> Logger:
+    if not str(node.get("_target_")).endswith(WandbLogger.__name__):
+        logger: Logger = instantiate(node)
+        return logger
+    chosen = {key for key in known if node.get(key) is not None or os.environ.get(_VARIABLES.get(key, ""))}
+    make = instantiate(node, _partial_=True)
+    return cast(Logger, make(**{key: value for key, value in known.items() if key not in chosen}))
+
+
+def run_name(recipe: str, run_dir: Path) -> str:
+    """The recipe and the last two folders of the run directory, in which a job of a sweep is a number alone."""
+    return "-".join([recipe, *(part for part in run_dir.resolve().parts[-2:] if part != recipe)])
+
+
+def _wandb_id(run_dir: Path) -> str | None:
+    try:
+        return (run_dir / _WANDB_ID).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def begin_wandb(loggers: Sequence[Logger], run_dir: Path) -> None:
+    """Begins the run of Weights & Biases, where one is asked for, and keeps its id in the run directory.
+
+    Raises:
+        UserError: W&B refuses, such as for want of a login.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            try:
+                name = str(logger.experiment.id)
+            except (wandb.Error, TypeError, ValueError) as error:
+                raise UserError(
+                    f"logger=wandb: {error}; log in with `wandb login`, log to files alone with WANDB_MODE=offline, or "
+                    "choose logger=none"
+                ) from error
+            with atomic_file(run_dir / _WANDB_ID) as temporary:
+                temporary.write_text(f"{name}\n", encoding="utf-8")
+
+
 def finish_wandb() -> None:
     """Ends a run of Weights & Biases: the next job of a sweep would go on writing to it."""
     wandb = sys.modules.get("wandb")
@@ -87,20 +153,9 @@ def finish_wandb() -> None:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Removes the lines of steps after `step`: a resumed run is going to make them again. A torn last line goes too."""
+    """Removes the lines of steps after `step`: a resumed run is going to make them again. A torn line goes, too."""
     if not file.exists():
         return
-    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.writelines(f"{line}\n" for line in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    kept = [line for line, event in event_lines(file) if event is not None and event["step"] <= step]
+    with atomic_file(file) as temporary:
+        temporary.write_bytes(b"".join(line.rstrip() + b"\n" for line in kept))

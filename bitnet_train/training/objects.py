@@ -31,10 +31,15 @@ _TAKEN: dict[str, tuple[type, ...]] = {
 
 
 def named(node: DictConfig, name: str, kind: type) -> list[Any]:
-    """The objects of a group such as callbacks, where each has a name; null leaves one out.
+    """The objects of a group such as callbacks, where each has a name; see `checked`."""
+    return [instantiate(one) for one in checked(node, name, kind)]
+
+
+def checked(node: DictConfig, name: str, kind: type) -> list[DictConfig]:
+    """The nodes of a group such as callbacks, where each has a name; null leaves one out.
 
     Raises:
-        UserError: one is no class of this kind.
+        UserError: the class of one is none of this kind.
     """
     given = _resolved(node, name)
     wanted = [key for key, one in given.items() if one is not None]
@@ -42,7 +47,7 @@ def named(node: DictConfig, name: str, kind: type) -> list[Any]:
         if not isinstance(given[key], dict):
             raise UserError(f"{name}.{key} must have a _target_ and its arguments, got {given[key]!r}")
         check_object(given[key], f"{name}.{key}", (kind,))
-    return [instantiate(node[key]) for key in wanted]
+    return [node[key] for key in wanted]
 
 
 def trainer(node: DictConfig, **arguments: object) -> L.Trainer:

@@ -19,6 +19,7 @@ from bitnet_train.data.module import DataModule, PreferenceData
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.metrics import METRICS
 from bitnet_train.memory import machine_bytes
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -98,7 +99,7 @@ def build(settings: RunConfig, config: DictConfig, run_dir: Path) -> Parts:
     module = TrainingModule(model, stage, optimizer, schedule, tokenizer, data.steps, *counts)
     if not ranks.is_first():  # the weights are the same on every rank, dropout is not
         seed_everything(settings.seed + ranks.rank())
-    return Parts(settings, run_dir, tokenizer, data, module, JsonlLogger(run_dir / "metrics.jsonl"))
+    return Parts(settings, run_dir, tokenizer, data, module, JsonlLogger(run_dir / METRICS))
 
 
 def _built_for(trainer: DictConfig) -> AbstractContextManager[object]:

@@ -5,14 +5,15 @@ metrics.jsonl -> series by name -> figures (SVG, drawn by matplotlib, which the 
 
 import html
 import io
-import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, printable
+from bitnet_train.formats.metrics import METRICS, read_events
 from bitnet_train.training.health import NAMES
 
 
@@ -53,21 +54,16 @@ def read_metrics(run_dir: Path) -> dict[str, Series]:
     """Every metric of a run directory, in the order of its steps.
 
     Raises:
-        UserError: there is no metrics.jsonl, or a line of it is no object with a step.
+        UserError: there is no metrics.jsonl, or it cannot be read.
     """
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
+    if not (run_dir / METRICS).is_file():
         raise UserError(f"{run_dir}: no metrics.jsonl; give a run directory")
     series: dict[str, Series] = defaultdict(lambda: Series([], []))
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            event = json.loads(line)
-            step = int(event.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{file}:{number}: must be an object with a step; take the line out") from None
+    for event in read_events(run_dir):
+        step = int(event.pop("step"))
         for name, value in event.items():
-            series[name].steps.append(step)
-            series[name].values.append(float(value))
+            series[printable(name)].steps.append(step)
+            series[printable(name)].values.append(value)
     return dict(series)
 
 
@@ -79,7 +75,7 @@ def report(run_dir: Path) -> str:
     """
     metrics = read_metrics(run_dir)
     if not metrics:
-        raise UserError(f"{run_dir}: metrics.jsonl is empty; let the run log a step first")
+        raise UserError(f"{run_dir}: metrics.jsonl holds no figures; let the run log a step first")
     figures = [_figure(title, _lines(metrics, names)) for title, names in _CURVES.items() if _matching(metrics, names)]
     figures += [
         _figure(f"Every layer: {name.replace('_', ' ')}", _heat_map(layers))
@@ -123,7 +119,9 @@ def _figure(title: str, draw: Draw) -> str:
 def _lines(metrics: Metrics, names: Sequence[str]) -> Draw:
     def draw(axes: Any) -> None:
         for name in _matching(metrics, names):
-            axes.plot(*metrics[name], label=name, marker="." if len(metrics[name].steps) < 30 else "")
+            axes.plot(
+                *metrics[name], label=name.replace("$", r"\$"), marker="." if len(metrics[name].steps) < 30 else ""
+            )
         axes.legend()
         axes.grid(alpha=0.3)
 
@@ -131,10 +129,13 @@ def _lines(metrics: Metrics, names: Sequence[str]) -> Draw:
 
 
 def _heat_map(layers: Sequence[Series]) -> Draw:
-    """Layers upwards, steps to the right."""
+    """Layers upwards, steps to the right; a layer has a gap where it was not measured."""
+    steps = sorted({step for layer in layers for step in layer.steps})
+    measured = [dict(zip(layer.steps, layer.values, strict=True)) for layer in layers]
+    values = [[layer.get(step, math.nan) for step in steps] for layer in measured]
 
     def draw(axes: Any) -> None:
-        mesh = axes.pcolormesh(layers[0].steps, range(len(layers)), [s.values for s in layers], shading="nearest")
+        mesh = axes.pcolormesh(steps, range(len(layers)), values, shading="nearest")
         axes.set_ylabel("layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.figure.colorbar(mesh)

@@ -7,7 +7,6 @@ result      run_dir/model, an HF folder of master weights; status.json says how 
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_train.config import RunConfig
 from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.formats.atomic import sweep
+from bitnet_train.formats.metrics import read_events
 from bitnet_train.formats.safetensors_file import LazyTensors
 from bitnet_train.formats.shards import State, fill
 from bitnet_train.memory import keep_freed_memory
@@ -28,13 +28,13 @@ from bitnet_train.training import checkpoint, out_of_memory, ranks
 from bitnet_train.training.card import model_card
 from bitnet_train.training.collected import collected
 from bitnet_train.training.lock import RunLock, locked
-from bitnet_train.training.loggers import finish_wandb, forget_after
+from bitnet_train.training.loggers import begin_wandb, finish_wandb, forget_after
 from bitnet_train.training.parts import Parts, build, print_plan
 from bitnet_train.training.saving import Saver
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
-from bitnet_train.training.state import Found, Restore, collect
+from bitnet_train.training.state import Found, Restore, check_weights, collect
 from bitnet_train.training.status import report_status, write_status
-from bitnet_train.training.trainer import make_trainer, quiet_lightning
+from bitnet_train.training.trainer import check_options, make_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def run(settings: RunConfig, config: DictConfig, run_dir: Path) -> None:
         ranks.check_same("run_dir", str(run_dir.resolve()))
         ranks.check_same("the configuration", _digest(config))
         _refuse_pickles()
+        check_options(config.trainer)
         with locked(run_dir) as lock:
             ranks.on_first(lambda: sweep(run_dir))
             _run(build(settings, config, run_dir), config, lock)
@@ -123,6 +124,7 @@ def _resume(parts: Parts) -> Found | None:
     if found is None:
         return None
     state = checkpoint.load(found, parts.identity, parts.settings.resume_allow)
+    check_weights(Found(found, state), parts.module.model)
     parts.module.step, parts.module.tokens = state["step"], state["tokens"]
     parts.data.first_step = parts.module.step
     log.info("resuming from %s", found)
@@ -135,8 +137,11 @@ def _fit(parts: Parts, trainer: L.Trainer, found: Found | None, lock: RunLock, s
     It comes after the last validation: found again, nothing is missing.
     """
     module, data = parts.module, parts.data
+    is_done = found is not None and module.step >= module.steps
+    if not is_done:
+        ranks.on_first(lambda: begin_wandb(trainer.loggers, parts.run_dir))
     ranks.on_first(lambda: _forget_later(parts, module.step if found else -1))
-    if found is not None and module.step >= module.steps:
+    if found is not None and is_done:
         module.model.load_state_dict(fill({"model": found.state["model"]}, found.folder)["model"])
         return ""
     trainer.fit(module, datamodule=data)
@@ -151,7 +156,7 @@ def _forget_later(parts: Parts, step: int) -> None:
     folder, settings = parts.run_dir / "checkpoints", parts.settings
     checkpoint.set_aside_after(folder, step)
     checkpoint.settle(folder, settings.keep_last, settings.keep_best)
-    forget_after(parts.run_dir / "metrics.jsonl", step)
+    forget_after(parts.metrics.file, step)
 
 
 def _save(parts: Parts, state: State, lock: RunLock, saver: Saver) -> str:
@@ -207,9 +212,8 @@ def _write_result(parts: Parts) -> None:
 
 def _write_model(parts: Parts, weights: Iterable[LazyTensors]) -> None:
     parts.metrics.flush()
-    metrics = (parts.run_dir / "metrics.jsonl").read_text().splitlines()
     config = parts.module.model.config
-    card = model_card(parts.settings.recipe_name, config, [json.loads(line) for line in metrics])
+    card = model_card(parts.settings.recipe_name, config, read_events(parts.run_dir))
     tokenizer = parts.tokenizer
     special = SpecialIds(tokenizer.bos_token_id, tokenizer.stop_token_ids, tokenizer.pad_token_id)
     write_pretrained(parts.run_dir / "model", config, weights, special, tokenizer.save, card)

@@ -10,15 +10,19 @@ summed up goes to the first, and the random generators start anew from seed, ste
 """
 
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitnet_train.formats.shards import State, fill
+from bitnet_train.errors import UserError
+from bitnet_train.formats.shards import State, fill, outline
+from bitnet_train.formats.state_file import STATE
 from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.parts import Parts, seed_everything
@@ -94,6 +98,43 @@ class Found(NamedTuple):
     state: State
 
 
+def check_weights(found: Found, model: nn.Module) -> None:
+    """Compares the weights of a checkpoint with the model that is to go on.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    stored = _shapes(outline(found.state["model"], found.folder))
+    expected = _shapes(model.state_dict())
+    differing = {name for name, _ in stored.items() ^ expected.items()}
+    if differing:
+        name = min(differing)
+        raise UserError(
+            f"{found.folder / STATE}: model.{name} must have the shape that it has in the model "
+            f"({expected.get(name, 'absent')}), got {stored.get(name, 'absent')}; take another checkpoint"
+        )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+@contextmanager
+def _refused_by(owner: str, file: Path) -> Iterator[None]:
+    """An optimizer and a random generator know alone what fits them; what they refuse is the fault of the file.
+
+    Raises:
+        UserError: the refusal.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: does not fit the {owner} ({reason}); take another checkpoint") from error
+
+
 class Restore(L.Callback):
     """Puts a checkpoint's weights, optimizer and random generators in place when the loop is about to start."""
 
@@ -110,10 +151,12 @@ class Restore(L.Callback):
         own = of_this_rank(state, self.seed)
         pl_module.guard.skipped = state["skipped"]
         pl_module.model.load_state_dict(state["model"])
-        trainer.optimizers[0].load_state_dict(state["optimizer"])
+        with _refused_by("optimizer", folder / STATE):
+            trainer.optimizers[0].load_state_dict(state["optimizer"])
         for values, saved in (
             (pl_module.since_log.values, own["since_log"]),
             (pl_module.health.codes, state["health"]),
         ):
             values.update({name: own_part(value).to(pl_module.device) for name, value in saved.items()})
-        set_rng_state(own["rng"])
+        with _refused_by("random generators", folder / STATE):
+            set_rng_state(own["rng"])

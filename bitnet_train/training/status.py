@@ -3,9 +3,20 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import read_json
 
 log = logging.getLogger(__name__)
+
+
+class Status(TypedDict):
+    """What the file holds."""
+
+    state: str
+    step: int | None
+    reason: str
 
 
 def write_status(run_dir: Path, state: str, step: int, reason: str = "") -> None:
@@ -26,7 +37,6 @@ def report_status(run_dir: Path, state: str, step: int, reason: str = "") -> Non
 def read_status(run_dir: Path) -> dict[str, Any]:
     """What was written last; a run that has not come to its first step has state "failed" and no step."""
     try:
-        status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
-    except (OSError, ValueError):
+        return read_json(run_dir / "status.json", Status)
+    except UserError:
         return {"state": "failed", "step": None, "reason": "not started"}
-    return status

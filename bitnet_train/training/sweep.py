@@ -16,13 +16,15 @@ import os
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from bitnet_train.formats.atomic import atomic_file
+from bitnet_train.formats.json_file import read_json
+from bitnet_train.formats.metrics import read_events
 from bitnet_train.training.status import read_status
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ class Row:
     reason: str
 
 
+class _Outcome(TypedDict):
+    code: int
+    reason: str
+
+
 def write_outcome(run_dir: Path, code: int, reason: str) -> None:
     """How a job ended. A job whose folder cannot be written does not end the sweep."""
     _write(run_dir / _OUTCOME, {"code": code, "reason": reason})
@@ -66,20 +73,12 @@ def _write(file: Path, value: object) -> None:
 def last_value(run_dir: Path, metric: str) -> float | None:
     """The newest finite value of a metric of the run, if there is one."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    except OSError:
+        events = read_events(run_dir)
+    except UserError as error:
+        log.warning("%s", error)
         return None
-    values = [event[metric] for event in map(_event, lines) if metric in event]
+    values = [event[metric] for event in events if metric in event]
     return values[-1] if values and math.isfinite(values[-1]) else None
-
-
-def _event(line: str) -> dict[str, float]:
-    """A log event; a kill may have torn the last one."""
-    try:
-        event: dict[str, float] = json.loads(line)
-    except ValueError:
-        return {}
-    return event
 
 
 class Start(Callback):
@@ -112,8 +111,8 @@ def _row(folder: Path, metric: str) -> Row:
     """A job without an outcome was killed, or is still at work."""
     status = read_status(folder)
     try:
-        outcome = json.loads((folder / _OUTCOME).read_text())
-    except FileNotFoundError:
+        outcome = read_json(folder / _OUTCOME, _Outcome)
+    except UserError:
         outcome = {"code": EXIT_FAILURE, "reason": "did not end"}
     state = {0: "done", EXIT_REQUEUE: "requeue"}.get(outcome["code"], "failed")
     return Row(

@@ -1,14 +1,16 @@
 """Lightning's Trainer for a run: the loggers and callbacks of its configuration, and its own counts."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import DictConfig
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
@@ -16,9 +18,43 @@ from bitnet_train.model.execution import Execution
 from bitnet_train.optim import AdamW8bit
 from bitnet_train.training import objects, ranks, sharding
 from bitnet_train.training.callbacks import Checkpointing, ProgressReport
+from bitnet_train.training.loggers import make_loggers
 from bitnet_train.training.parts import Parts
 
 log = logging.getLogger(__name__)
+
+# What the run decides itself, and what to set instead. Other options of lightning.Trainer do what Lightning says:
+# accelerator, devices, num_nodes, strategy, precision, plugins, limit_val_batches, deterministic, benchmark,
+# inference_mode, profiler, detect_anomaly, sync_batchnorm, enable_autolog_hparams. After max_time the run stops as on
+# request, with its state saved: `Checkpointing`.
+_OWN = {
+    "max_steps": "max_steps",
+    "max_epochs": "max_epochs",
+    "min_steps": "max_steps, max_tokens or max_epochs",
+    "min_epochs": "max_steps, max_tokens or max_epochs",
+    "limit_train_batches": "max_steps",
+    "overfit_batches": "data.train with few rows",
+    "fast_dev_run": "max_steps, or dry_run=true",
+    "limit_test_batches": "tools/evaluate.py",
+    "limit_predict_batches": "tools/generate.py",
+    "accumulate_grad_batches": "global_batch_size and micro_batch_size",
+    "gradient_clip_val": "optimizer.grad_clip",
+    "gradient_clip_algorithm": "optimizer.grad_clip",
+    "val_check_interval": "val_every",
+    "check_val_every_n_epoch": "val_every",
+    "num_sanity_val_steps": "val_every",
+    "log_every_n_steps": "log_every",
+    "logger": "the group logger=",
+    "callbacks": "the group callbacks=",
+    "enable_checkpointing": "checkpoint_every and keep_last",
+    "model_registry": "tools/export.py --push-to-hub",
+    "enable_progress_bar": "log_every; there is a bar on a terminal alone",
+    "enable_model_summary": "dry_run=true",
+    "barebones": "log_every, val_every and checkpoint_every",
+    "use_distributed_sampler": "seed, which alone orders the rows",
+    "reload_dataloaders_every_n_epochs": "seed, which alone orders the rows",
+    "default_root_dir": "run_dir",
+}
 
 PRECISIONS = ("bf16-mixed", "32-true")  # bfloat16 masters swallow their updates, float16 overflows in relu^2
 
@@ -41,14 +77,14 @@ def make_trainer(
     settings = parts.settings
     every = [
         *callbacks,
-        Checkpointing(parts.run_dir, settings.checkpoint_every, save),
+        Checkpointing(parts.run_dir, settings.checkpoint_every, save, _max_time(config.trainer)),
         ProgressReport(log.info),
         *objects.named(config.callbacks, "callbacks", L.Callback),
     ]
     trainer = objects.trainer(
         config.trainer,
         callbacks=every,
-        logger=[parts.metrics, *objects.named(config.logger, "logger", Logger)],
+        logger=[parts.metrics, *make_loggers(config, parts.run_dir, is_resumed=parts.module.step > 0)],
         max_steps=parts.module.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0 if parts.module.step else -1,
@@ -57,11 +93,36 @@ def make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=parts.run_dir,
+        max_time=None,
         **_distribution(config.trainer),
     )
     _check(trainer)
     _set_rhythm(trainer, parts, config)
     return trainer
+
+
+def check_options(node: DictConfig) -> None:
+    """Before anything is built.
+
+    Raises:
+        UserError: an option is set that the run decides itself, or max_time is no time.
+    """
+    for name, instead in _OWN.items():
+        if name in node:
+            raise UserError(f"trainer.{name} is set by the run itself; leave it out, and use {instead}")
+    _max_time(node)
+
+
+def _max_time(node: DictConfig) -> float:
+    """Seconds; infinite where there is no limit."""
+    given = OmegaConf.to_container(OmegaConf.create({"max_time": node.get("max_time")}))["max_time"]
+    try:
+        seconds = Timer(given).time_remaining()
+    except (MisconfigurationException, TypeError, ValueError, OverflowError, AttributeError):
+        seconds = 0
+    if seconds is not None and seconds <= 0:
+        raise UserError(f"trainer.max_time must be DD:HH:MM:SS or {{minutes: N}}, and above 0, got {given}")
+    return math.inf if seconds is None else seconds
 
 
 def _distribution(node: DictConfig) -> dict[str, object]:
@@ -73,6 +134,8 @@ def _distribution(node: DictConfig) -> dict[str, object]:
     environment, strategy = ranks.environment(), node.get("strategy", "auto")
     if environment is None:
         return {"strategy": "auto"} if strategy == "fsdp" else {}
+    if node.get("plugins") is not None:
+        raise UserError("trainer.plugins is set by the run itself where there are several ranks; leave it out")
     if strategy == "fsdp":  # inference tensors cannot be gathered into again
         return {"plugins": [environment], "strategy": sharding.strategy(), "inference_mode": False}
     if strategy in ("auto", "ddp"):

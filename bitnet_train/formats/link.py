@@ -28,6 +28,6 @@ def followed(path: Path) -> Path:
     target = path.resolve()
     if target.is_file() and target.stat().st_size <= _LONGEST + 1:
         name = target.read_bytes().decode("utf-8", errors="replace").strip()
-        if name and Path(name).name == name and (target.parent / name).is_dir():
+        if name not in ("", "..") and Path(name).name == name and (target.parent / name).is_dir():
             return target.parent / name
     return target

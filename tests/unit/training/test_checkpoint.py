@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, kept in number, refused to other runs."""
 
+import errno
 import os
 import pickle
 import resource
@@ -14,12 +15,9 @@ import torch
 from bitnet_train.errors import UserError
 from bitnet_train.training import checkpoint
 from tests.faults import limited
+from tests.states import tiny_state as state
 
 pytestmark = pytest.mark.fault
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"identity": {"seed": 0}, "step": step, "model": {"w": torch.full((3,), float(step))}}
 
 
 @pytest.fixture
@@ -66,6 +64,46 @@ def test_a_full_disk_leaves_what_was_there(small_disk: Path) -> None:
         checkpoint.save(folder, 6, {**state(6), "model": {"w": torch.zeros(200_000)}}, keep_last=1)
     assert names(folder) == {"step-000003", "last"}
     assert checkpoint.newest(folder) == folder / "step-000003"
+
+
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without symbolic links: exFAT, SMB."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+
+
+@pytest.mark.usefixtures("no_links")
+def test_without_links_text_files_say_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_with(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0}, keep_last=1, keep_best=1)
+    assert names(tmp_path) == {"step-000001", "step-000003", "last", "best"}
+    assert (tmp_path / "last").read_text() == "step-000003\n"
+    assert checkpoint.find(tmp_path, str(tmp_path / "last")) == tmp_path / "step-000003"
+    assert checkpoint.find(tmp_path, str(tmp_path / "best")) == tmp_path / "step-000001"
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000003"
+    assert not caplog.records
+
+
+def test_what_the_disk_refuses_beside_a_checkpoint_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a copy whose links became folders."""
+    (folder / "last").unlink()
+    (folder / "last").mkdir()
+    checkpoint.save(folder, 12, state(12), keep_last=1)
+    assert "the new checkpoint is whole" in caplog.text
+    assert checkpoint.newest(folder) == folder / "step-000012"
+    assert names(folder) >= {"step-000012", "last"}
+    assert not names(folder) & {"step-000006", "step-000009"}
+
+
+def test_checkpoints_that_vanish_while_they_are_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [*checkpoint._steps(folder), folder / "step-000010", folder / "step-000011"]
+    monkeypatch.setattr(checkpoint, "_steps", lambda _: found)
+    assert checkpoint.newest(folder) == folder / "step-000009"
+    checkpoint.retain(folder / "step-000009", keep_last=1, keep_best=1)
+    assert names(folder) == {"last"}
 
 
 def save_with(folder: Path, losses: dict[int, float | None], keep_last: int, keep_best: int) -> None:
@@ -162,7 +200,7 @@ def test_a_file_that_is_no_state_is_refused_in_one_line(folder: Path, content: b
 
 def test_what_may_differ_and_what_never(folder: Path) -> None:
     identity = {"seed": 1, "model": "tiny"}
-    with pytest.raises(UserError, match=r"model: None there, tiny now\)"):
+    with pytest.raises(UserError, match=r"model: \{\} there, tiny now\)"):
         checkpoint.load(folder / "last", identity, allowed=["seed"])
     assert checkpoint.load(folder / "last", {"seed": 1}, allowed=["seed"])["step"] == 9
     with pytest.raises(UserError, match=r"resume_allow must name some of seed, got 'model'"):

@@ -218,7 +218,7 @@ def _resumable(run_dir: Path) -> int:
 
 def _step(run_dir: Path) -> int:
     """The last step in metrics.jsonl."""
-    return max((event["step"] for event in _events(run_dir)), default=0)
+    return int(max((event["step"] for event in _events(run_dir)), default=0))
 
 
 def _events(run_dir: Path) -> list[Event]:

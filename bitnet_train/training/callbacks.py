@@ -58,8 +58,8 @@ class Checkpointing(L.Callback):
 
     def _agreed(self) -> tuple[bool, str]:
         """Whether any rank was asked to save, and why to stop ("" for no reason)."""
-        over = time.monotonic() - self._started >= self.max_time
-        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), over, self._signal]
+        is_over = time.monotonic() - self._started >= self.max_time
+        asked = [self._asked_by_file("SAVE"), self._asked_by_file("STOP"), is_over, self._signal]
         save, stop_file, over, number = ranks.maxima([int(value) for value in asked])
         reasons = {
             "STOP file": stop_file,

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bitnet_train import config as configuration
 from bitnet_train.errors import UserError
@@ -115,9 +115,9 @@ def check_options(node: DictConfig) -> None:
 
 def _max_time(node: DictConfig) -> float:
     """Seconds; infinite where there is no limit."""
-    given = OmegaConf.to_container(OmegaConf.create({"max_time": node.get("max_time")}))["max_time"]
+    given = node.get("max_time")
     try:
-        seconds = Timer(given).time_remaining()
+        seconds = Timer(dict(given) if isinstance(given, DictConfig) else given).time_remaining()
     except (MisconfigurationException, TypeError, ValueError, OverflowError, AttributeError):
         seconds = 0
     if seconds is not None and seconds <= 0:

@@ -289,6 +289,9 @@ BAD_INPUT = {
     "micro_batch_size=3": "global_batch_size must be a multiple",
     "trainer.precision=bf16-true": "trainer.precision must be bf16-mixed or 32-true",
     "+trainer.foo=1": "foo",
+    "+trainer.max_steps=9": "trainer.max_steps is set by the run itself; leave it out, and use max_steps",
+    "+trainer.gradient_clip_val=0.5": "leave it out, and use optimizer.grad_clip",
+    "+trainer.max_time=5": "trainer.max_time must be DD:HH:MM:SS or {minutes: N}, and above 0, got 5",
     "trainer=gpu": "gpu",
     "optimizer.betas=[0.9]": "optimizer.betas must lie in [0, 1) and be two",
     "stage=dpo": "stage DirectPreference does not read TextData",
@@ -322,6 +325,17 @@ def test_bad_input_is_one_line_and_exit_2(
     assert len(error.splitlines()) == 1
     assert BAD_INPUT[override] in error
     assert not (bad / "bad/checkpoints").exists()
+
+
+@pytest.mark.fault
+def test_a_run_whose_time_is_over_stops_with_its_state_saved(data: Path) -> None:
+    """Lightning's own way is to end in the middle of a step, and well."""
+    result = train(*PRETRAIN, "run_dir=timed", "max_steps=100000", "+trainer.max_time={seconds: 1}", cwd=data)
+    assert result.returncode == 85
+    status = json.loads((data / "timed/status.json").read_text())
+    assert (status["state"], status["reason"]) == ("requeue", "trainer.max_time")
+    assert (data / "timed/checkpoints/last").resolve().name == f"step-{status['step']:06d}"
+    assert 0 < status["step"] < 100000
 
 
 @pytest.mark.fault

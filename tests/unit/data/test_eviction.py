@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_train.data import eviction
 from bitnet_train.data.cache import tokenized
 from bitnet_train.data.counting import counted
 from bitnet_train.data.encoding import TextEncoder
-from bitnet_train.data.eviction import entries, evict
+from bitnet_train.data.eviction import Entry, entries, evict
 from bitnet_train.data.store import TokenStore
 from tests.support import ROOT, text_rows, tiny_tokenizer, write_jsonl
 
@@ -93,6 +94,24 @@ def test_what_is_being_built_stays(cache: Path) -> None:
         assert [entry.path for entry in entries(cache)] == [partial]
     evict(cache, 0)
     assert entries(cache) == []
+
+
+def test_what_vanishes_while_it_is_listed_is_left_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = entries(cache)
+    gone = [cache / "tokens" / "gone", cache / "counts" / "gone.npz"]
+    monkeypatch.setattr(eviction, "_paths", lambda _: [*gone, *(entry.path for entry in found)])
+    assert entries(cache) == found
+    listed = [*found, *(Entry(path, 1, 0.0, None) for path in gone)]
+    monkeypatch.setattr(eviction, "entries", lambda _: listed)
+    assert evict(cache, 0) == listed
+    assert not any(entry.path.exists() for entry in listed)
+
+
+@pytest.mark.parametrize("manifest", ["[1]", '{"tokens": "x"}', "{}", "", "[" * 100_000])
+def test_a_store_whose_manifest_is_broken_is_listed_without_tokens(cache: Path, manifest: str) -> None:
+    store = next(entry.path for entry in entries(cache) if entry.tokens)
+    (store / "manifest.json").write_text(manifest)
+    assert [entry.tokens for entry in entries(cache) if entry.path == store] == [None]
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | None:

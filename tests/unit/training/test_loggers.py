@@ -1,12 +1,15 @@
-"""metrics.jsonl on a disk that is full for a while."""
+"""metrics.jsonl on a disk that is full for a while, and the loggers beside it."""
 
 import json
 import resource
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.training.loggers import JsonlLogger, append
+from bitnet_train.errors import UserError
+from bitnet_train.training.loggers import JsonlLogger, append, begin_wandb, forget_after, make_loggers, run_name
 from tests.faults import limited
 
 
@@ -35,3 +38,77 @@ def test_no_space_on_a_device(caplog: pytest.LogCaptureFixture) -> None:
     assert "/dev/full: cannot be written (No space left on device)" in caplog.text
     with pytest.raises(OSError, match="No space left"):
         append(Path("/dev/full"), "text")
+
+
+def test_a_resumed_run_forgets_later_lines_and_torn_ones(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    kept = b'{"step": 1, "train/loss": NaN}\n{"step": 3}\n'
+    file.write_bytes(kept.rstrip() + b'\n{"step": 4}\n[1]\n{"step": 2, "\xff": 1}\n{"step": 2, "tra')
+    forget_after(file, 3)
+    assert file.read_bytes() == kept
+    forget_after(tmp_path / "missing", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "name"),
+    [
+        ("/runs/sft/2026-11-22_10-00-00", "sft-2026-11-22_10-00-00"),
+        ("/runs/sft/2026-11-22_10-00-00/3", "sft-2026-11-22_10-00-00-3"),
+        ("/out/run", "sft-out-run"),
+    ],
+)
+def test_names_tell_runs_apart(run_dir: str, name: str) -> None:
+    assert run_name("sft", Path(run_dir)) == name
+
+
+def wandb_config(folder: Path, **values: object) -> DictConfig:
+    node = {"_target_": "lightning.pytorch.loggers.WandbLogger", "name": None, "id": None, "save_dir": str(folder)}
+    return OmegaConf.create({"recipe_name": "sft", "seed": 3, "logger": {"wandb": {**node, **values}}})
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What W&B is begun with; it begins no run."""
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(WandbLogger, "__init__", lambda self, **values: calls.append(values))
+    for name in ("WANDB_NAME", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_wandb_is_told_which_run_it_is(tmp_path: Path, asked: list[dict[str, object]]) -> None:
+    (tmp_path / "wandb-id.txt").write_text("abc\n")
+    config = wandb_config(tmp_path)
+    for is_resumed, id in ((False, None), (True, "abc")):
+        (logger,) = make_loggers(config, tmp_path, is_resumed)
+        assert isinstance(logger, WandbLogger)
+        assert asked[-1]["id"] == id
+        assert asked[-1]["name"] == f"sft-{'-'.join(tmp_path.parts[-2:])}"
+        assert asked[-1]["config"] == OmegaConf.to_container(config)
+
+
+def test_what_a_user_has_chosen_wins(
+    tmp_path: Path, asked: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb-id.txt").write_text("abc\n")
+    make_loggers(wandb_config(tmp_path, id="mine", name="my run"), tmp_path, True)
+    assert (asked[-1]["id"], asked[-1]["name"]) == ("mine", "my run")
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    monkeypatch.setenv("WANDB_RUN_ID", "theirs")
+    make_loggers(wandb_config(tmp_path), tmp_path, True)
+    assert (asked[-1]["id"], asked[-1]["name"]) == (None, None)
+
+
+@pytest.mark.parametrize("error", ["UsageError", "CommError", "AuthenticationError"])
+def test_wandb_without_a_login_is_one_line(tmp_path: Path, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise getattr(wandb.errors, error)("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    loggers: list[Logger] = make_loggers(wandb_config(tmp_path), tmp_path, False)
+    with pytest.raises(UserError, match=r"No API key configured\..* `wandb login`, .*WANDB_MODE=offline"):
+        begin_wandb(loggers, tmp_path)
+    assert not (tmp_path / "wandb-id.txt").exists()

@@ -1,11 +1,15 @@
 """What a checkpoint holds, and what becomes of it."""
 
 import random
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor, nn
 
-from bitnet_train.training.state import of_this_rank, rng_state, set_rng_state
+from bitnet_train.errors import UserError
+from bitnet_train.training.state import Found, _refused_by, check_weights, of_this_rank, rng_state, set_rng_state
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
@@ -30,3 +34,40 @@ def test_a_smaller_group_goes_on_with_what_the_larger_one_had_summed_up() -> Non
 def test_a_group_of_the_same_size_goes_on_with_its_own() -> None:
     saved = [{"rng": rng_state(), "since_log": {}}]
     assert of_this_rank({"ranks": saved, "step": 5}, seed=1) is saved[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"weight": torch.zeros(1)},
+            r"model\.weight must have the shape that it has in the model \(\(3, 2\)\), got \(1,\)",
+        ),
+        ({}, r"model\.weight must have .* \(\(3, 2\)\), got absent"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, r"model\.bias must have .* \(absent\), got \(3,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_refused(weights: dict[str, Tensor], message: str) -> None:
+    model = nn.Linear(2, 3, bias=False)
+    check_weights(Found(Path("step-000001"), {"model": dict(model.state_dict())}), model)
+    with pytest.raises(UserError, match=rf"^step-000001/state\.pt: {message}; take another checkpoint$"):
+        check_weights(Found(Path("step-000001"), {"model": weights}), model)
+
+
+def test_generators_and_optimizers_refuse_what_does_not_fit_them() -> None:
+    state = rng_state()
+    for broken in (
+        {"torch": torch.zeros(3, dtype=torch.uint8)},
+        {"python": [3, [1], None]},
+        {"numpy": ["x", *state["numpy"][1:]]},
+    ):
+        with (
+            pytest.raises(UserError, match=r"^f: does not fit the random generators .*; take another"),
+            _refused_by("random generators", Path("f")),
+        ):
+            set_rng_state(state | broken)
+    set_rng_state(state)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    for broken in ({"state": {}, "param_groups": []}, {"state": {}}):
+        with pytest.raises(UserError, match=r"^f: does not fit the optimizer"), _refused_by("optimizer", Path("f")):
+            optimizer.load_state_dict(broken)

@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_wandb_holds_what_metrics_jsonl_holds(train: Train) -> None:
     run_dir = train("wandb", *RUN, "logger=wandb")
     (file,) = run_dir.rglob("*.wandb")
     assert wandb_values(file) == pytest.approx(logged(run_dir))
+    train("wandb", *RUN, "max_steps=5", "resume_allow=[max_steps,schedule]", "logger=wandb")
+    runs = [run for file in run_dir.rglob("*.wandb") for run in wandb_runs(file)]
+    assert len(runs) == 2
+    assert {run.run_id for run in runs} == {(run_dir / "wandb-id.txt").read_text().strip()}
+    assert {run.display_name for run in runs} == {f"quickstart-pretrain-{run_dir.parent.name}-wandb"}
+    steps = [json.loads(entry.value_json) for run in runs for entry in run.config.update if entry.key == "max_steps"]
+    assert sorted(steps) == [4, 5]
+
+
+def wandb_runs(file: Path) -> Iterator[Any]:
+    """How a run was begun: its name, id and configuration."""
+    for data in wandb_records(file):
+        record = wandb_messages.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            yield record.run
 
 
 def wandb_records(file: Path) -> Iterator[bytes]:

@@ -1,5 +1,7 @@
 """The token cache: built once, by any number of processes, killed or not, with the same bytes; never a wrong one."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -351,3 +353,18 @@ def test_a_store_of_nothing_but_bad_rows_is_empty(tmp_path: Path) -> None:
 def test_numbers_in_the_manifest_are_those_of_the_rows(text: str) -> None:
     found = build(text)
     assert found.counts == store.Counts(rows=ROWS, tokens=int(found.ends[-1]))
+
+
+def test_a_cache_without_file_locks_is_built_all_the_same(
+    text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(build(text)) == ROWS
+    assert build([text]).fingerprint == build(text).fingerprint
+    assert [record.message for record in caplog.records] == [
+        f"{stores(text)[0].parent}: its file system has no locks (Function not implemented); let no two machines write "
+        "there at once"
+    ]

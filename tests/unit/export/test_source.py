@@ -100,6 +100,27 @@ def test_a_checkpoint_is_a_source(master: Path, tmp_path: Path) -> None:
         assert verify(run, tmp_path / f"{name}.gguf").mismatches == (MATRIX,)
         assert GGUFFile(tmp_path / f"{name}.gguf").metadata["general.name"] == "run"
 
+    (run / "checkpoints" / "last").unlink()  # as where there are no links
+    (run / "checkpoints" / "last").write_text("step-000007\n")
+    assert open_source(run / "checkpoints" / "last").path == run / "checkpoints" / "step-000007"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{", r"state\.pt: identity\.model: must be JSON"),
+        ("[]", r"state\.pt: identity\.model: must hold a JSON object"),
+        ("[" * 100_000, r"state\.pt: identity\.model: is nested more than 100 levels deep"),
+        ("{}", "model_type must be 'bitnet', got None"),
+    ],
+)
+def test_a_checkpoint_of_no_model_is_refused(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "step").mkdir()
+    torch.save({"model": {"w": torch.zeros(1)}, "identity": {"model": model}}, tmp_path / "step" / "state.pt")
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "step", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: bytes | None) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_without_locks_the_machine_keeps_its_own_processes_apart(
     shared, local = tmp_path / "shared", tmp_path / "local"
     shared.mkdir()
     local.mkdir()
-    monkeypatch.setattr(file_lock.tempfile, "gettempdir", lambda: str(local))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(local))
     without_locks_in(shared, code, monkeypatch)
     with FileLock(shared / "lock") as first, FileLock(shared / "lock") as second, FileLock(shared / "other") as third:
         assert first.take()
@@ -52,7 +53,7 @@ def test_without_locks_the_machine_keeps_its_own_processes_apart(
 
 def test_without_any_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link that somebody else has laid in the temporary folder is not followed."""
-    monkeypatch.setattr(file_lock.tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
     without_locks_in(tmp_path, errno.ENOSYS, monkeypatch)
     with FileLock(tmp_path / "lock") as lock:
         assert lock.take()

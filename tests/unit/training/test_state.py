@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_generators_and_optimizers_refuse_what_does_not_fit_them() -> None:
             set_rng_state(state | broken)
     set_rng_state(state)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
-    for broken in ({"state": {}, "param_groups": []}, {"state": {}}):
+    without_groups: list[dict[str, Any]] = [{"state": {}, "param_groups": []}, {"state": {}}]
+    for optimizer_state in without_groups:
         with pytest.raises(UserError, match=r"^f: does not fit the optimizer"), _refused_by("optimizer", Path("f")):
-            optimizer.load_state_dict(broken)
+            optimizer.load_state_dict(optimizer_state)

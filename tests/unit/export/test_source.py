@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from bitnet_train.errors import UserError
 from bitnet_train.export import export, verify
+from bitnet_train.export.source import open_source
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import folder_kind
 from bitnet_train.formats.json_file import read_json

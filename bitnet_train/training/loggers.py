@@ -139,8 +139,8 @@ def begin_wandb(loggers: Sequence[Logger], run_dir: Path) -> None:
             except (wandb.Error, TypeError, ValueError) as error:
                 reason = str(error).rstrip(".")
                 raise UserError(
-                    f"logger=wandb: {reason}; log in with `wandb login`, log to files alone with WANDB_MODE=offline, or "
-                    "choose logger=none"
+                    f"logger=wandb: {reason}; log in with `wandb login`, log to files alone with WANDB_MODE=offline, "
+                    "or choose logger=none"
                 ) from error
             with atomic_file(run_dir / _WANDB_ID) as temporary:
                 temporary.write_text(f"{name}\n", encoding="utf-8")

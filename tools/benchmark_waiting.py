@@ -61,7 +61,7 @@ def rate(way: str, ranks: int, steps: int) -> float:
         subprocess.run(command, env=variables, check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     logged = [event["tokens_per_second"] for event in map(json.loads, lines) if "tokens_per_second" in event]
-    return statistics.median(logged[_WARM_UP:])
+    return float(statistics.median(logged[_WARM_UP:]))
 
 
 def measure(ways: Sequence[str], others: int, arguments: argparse.Namespace) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@
 A template marks spans by {% generation %} ... {% endgeneration %}. Where it has no such block, a span begins where the
 prompt ends that the template writes for the messages before it, and ends with the first stop token of the turn.
 
-Templates are foreign code: they run in jinja's sandbox, as transformers runs them.
+Templates are foreign code: they run in jinja's sandbox, as transformers runs them, and within bounds (`data.sandbox`).
 """
 
 import json
@@ -20,8 +20,8 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bitnet_train.data.sandbox import BoundedEnvironment
 from bitnet_train.errors import UserError
 
 # Of microsoft/bitnet-b1.58-2B-4T, whose own template leaves BOS to the tokenizer. bitnet.cpp knows its chat format by
@@ -43,9 +43,12 @@ BITNET_CHAT_TEMPLATE = (
 _SPAN_START, _SPAN_END, QUOTE_START, QUOTE_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _SPAN_EDGE = re.compile(f"([{_SPAN_START}{_SPAN_END}])")
 MARKS = re.compile(f"[{_SPAN_START}-{QUOTE_END}]")
+_SPELLED_EDGE = "\\ufdd"  # as `repr` shows both
 _ARGUMENTS = '{"a": "b"}'
 
 Span = tuple[int, int]
+Message = Mapping[str, object]
+Write = Callable[[Sequence[Message], bool], str]  # of messages, with the generation prompt behind them or not
 T = TypeVar("T")
 
 
@@ -60,7 +63,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    messages: Sequence[Mapping[str, object]],
+    messages: Sequence[Message],
     template: str,
     add_generation_prompt: bool = False,
     stops: Sequence[str] = (),
@@ -77,10 +80,14 @@ def render(
     Raises:
         UserError: the template is wrong or refuses the messages.
     """
-    marked = _render(messages, template, add_generation_prompt, variables)
+    spelled = repr((messages, variables))  # its length, and whether marks are in it, in a tenth of the time of a walk
+    if _SPELLED_EDGE in spelled:
+        messages, variables = with_strings(messages, _without_edges), with_strings(variables, _without_edges)
+    write = _writer(template, variables, len(spelled))
+    marked = write(messages, add_generation_prompt)
     if _SPAN_START in marked:
         return _split_at_edges(marked)
-    return Rendered(marked, list(_spans_after_prompts(messages, template, variables, marked, stops)))
+    return Rendered(marked, list(_spans_after_prompts(messages, write, marked, stops)))
 
 
 @lru_cache(maxsize=16)
@@ -92,7 +99,7 @@ def closing_token(template: str, names: re.Pattern[str], **variables: object) ->
     """
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        text = _render(probe, template, False, variables)
+        text = _writer(template, variables)(probe, False)
     except UserError:  # a template may want other messages than these
         return None
     text = _SPAN_EDGE.sub("", text)
@@ -104,7 +111,7 @@ def writes_as_bitnet(template: str) -> bool:
     """Whether a template writes what BitNet's does, BOS aside."""
     probe = [{"role": role, "content": f" {role[:1]}\n"} for role in ("system", "user", "assistant", "tool", "user")]
     try:
-        texts = [_render(probe, one, True, {"bos_token": ""}) for one in (template, BITNET_CHAT_TEMPLATE)]
+        texts = [_writer(one, {"bos_token": ""})(probe, True) for one in (template, BITNET_CHAT_TEMPLATE)]
     except UserError:
         return False
     alike = _SPAN_EDGE.sub("", texts[0]) == _SPAN_EDGE.sub("", texts[1])
@@ -126,9 +133,9 @@ def writes_strings(template: str, **variables: str) -> bool:
     """Whether a template writes arguments of tool calls that are JSON as they are; `tojson` would encode them again."""
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": _ARGUMENTS}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-    probe: list[Mapping[str, object]] = [{"role": "user", "content": "question"}, answer]
+    probe: list[Message] = [{"role": "user", "content": "question"}, answer]
     try:
-        return _ARGUMENTS in _render(probe, template, False, variables)
+        return _ARGUMENTS in _writer(template, variables)(probe, False)
     except UserError:  # it wants an object
         return False
 
@@ -152,18 +159,22 @@ def names_in(template: str) -> set[str]:
     return words | meta.find_undeclared_variables(_environment().parse(template))
 
 
-def _render(
-    messages: Sequence[Mapping[str, object]], template: str, add_prompt: bool, variables: Mapping[str, object]
-) -> str:
-    compiled = _compile(template)
-    present = [_as_transformers(message) for message in messages]
-    given = {"tools": None, "documents": None, "messages": present, "add_generation_prompt": add_prompt, **variables}
-    try:
-        return compiled.render(with_strings(given, _without_edges))
-    except jinja2.TemplateError as error:
-        raise UserError(f"chat_template: {error}") from None
-    except Exception as error:  # foreign code
-        raise UserError(f"chat_template: {error} ({type(error).__name__})") from None
+def _writer(template: str, variables: Mapping[str, object], characters: int = 0) -> Write:
+    """Renders a conversation of so many characters or its beginning, within bounds that are in proportion to them."""
+    compiled, environment = _compile(template), _environment()
+    given = {"tools": None, "documents": None, **variables}
+
+    def write(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        environment.allow(characters)
+        present = [_as_transformers(message) for message in messages]
+        try:
+            return compiled.render(given, messages=present, add_generation_prompt=add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise UserError(f"chat_template: {error}") from None
+        except Exception as error:  # foreign code
+            raise UserError(f"chat_template: {error} ({type(error).__name__})") from None
+
+    return write
 
 
 def _without_edges(text: str) -> str:
@@ -190,9 +201,8 @@ def _split_at_edges(marked: str) -> Rendered:
 
 
 def _spans_after_prompts(
-    messages: Sequence[Mapping[str, object]],
-    template: str,
-    variables: Mapping[str, object],
+    messages: Sequence[Message],
+    write: Write,
     text: str,
     stops: Sequence[str],
 ) -> Iterator[Span]:
@@ -202,7 +212,7 @@ def _spans_after_prompts(
     stands in the last question) or no stop token ends the turn.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [_render(messages[:index], template, True, variables) for index in answers]
+    prompts = [write(messages[:index], True) for index in answers]
     starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
     names = "|".join(map(re.escape, stops)) or "(?!)"
     stop = re.compile(f"(?<!{QUOTE_START})(?:{names})(?!{QUOTE_END})")  # one in a message is quoted
@@ -211,7 +221,7 @@ def _spans_after_prompts(
     for index, start, next_start in zip(answers, starts, following, strict=True):
         found = None
         if start is not None:
-            limit = _end_of_turn(messages, index, template, variables, text, next_start)
+            limit = _end_of_turn(messages, index, write, text, next_start)
             found = stop.search(text, start, limit)
             end = start
         start, end = end, end if found is None else found.end()
@@ -219,12 +229,7 @@ def _spans_after_prompts(
 
 
 def _end_of_turn(
-    messages: Sequence[Mapping[str, object]],
-    index: int,
-    template: str,
-    variables: Mapping[str, object],
-    text: str,
-    next_start: int | None,
+    messages: Sequence[Message], index: int, write: Write, text: str, next_start: int | None
 ) -> int:
     """Where the turn of a message ends at the latest.
 
@@ -232,7 +237,7 @@ def _end_of_turn(
     has thoughts): then the turn ends before the next prompt does.
     """
     if index < len(messages) - 1:
-        turn = _render(messages[: index + 1], template, False, variables)
+        turn = write(messages[: index + 1], False)
         if text.startswith(turn):
             return len(turn)
     return len(text) if next_start is None else next_start
@@ -252,21 +257,21 @@ class _GenerationBlock(Extension):
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
+    _environment().allow(len(template))  # what is constant is computed here
     try:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat_template: line {error.lineno}: {error}") from None
-    except (SyntaxError, RecursionError) as error:  # a break outside of a loop, a tower of brackets
+    except Exception as error:  # a break outside of a loop, a tower of brackets, a number of 5,000 digits
         raise UserError(f"chat_template: {type(error).__name__}: {error}") from None
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that transformers documents for chat templates: sandboxed, blocks trimmed."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+def _environment() -> BoundedEnvironment:
+    """The environment that transformers documents for chat templates: sandboxed, blocks trimmed; with bounds."""
+    environment = BoundedEnvironment(
+        {"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 

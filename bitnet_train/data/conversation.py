@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 from bitnet_train.data.parts import checked_characters
-from bitnet_train.data.readers import Fields, type_name
+from bitnet_train.data.readers import Fields, check_depth, type_name
 from bitnet_train.data.sources import Row, located
 from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import MAX_DEPTH
 
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -149,6 +150,7 @@ def tools_of(row: Row) -> list[object] | None:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"tools is no JSON ({error}); write a list of functions") from None
+            check_depth(value, "tools")
         if isinstance(value, list):  # of objects, or of the JSON of each
             value = [_json_object(tool) or tool for tool in value]
         if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
@@ -269,8 +271,11 @@ def _json_object(value: object) -> Mapping[str, object] | None:
         return None
     try:
         parsed = json.loads(value)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
+    except RecursionError:
+        raise UserError(f"an object in a string is nested more than {MAX_DEPTH} levels deep; drop the row") from None
+    check_depth(parsed, "an object in a string")
     return parsed if isinstance(parsed, Mapping) else None
 
 

@@ -63,6 +63,12 @@ class TextEncoder(Encoder):
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """See `Encoder.encode`."""
+        try:
+            return self._together(rows)
+        except UserError:  # the tokenizer fails on one of them: which?
+            return [self._alone(row) for row in rows]
+
+    def _together(self, rows: Sequence[Row]) -> list[Encoded]:
         texts = [self._text(row) for row in rows]
         begun, continued = (
             iter(self.tokenizer.encode_batch(self._those_of(rows, texts, begins), continued=not begins))
@@ -72,6 +78,13 @@ class TextEncoder(Encoder):
             self._sequence(row, next(begun if row.begins else continued)) if isinstance(text, str) else text
             for row, text in zip(rows, texts, strict=True)
         ]
+
+    def _alone(self, row: Row) -> Encoded:
+        try:
+            with located(row):
+                return self._together([row])[0]
+        except UserError as error:
+            return error
 
     def unread(self, row: Row) -> Iterable[str]:
         """See `Encoder.unread`."""

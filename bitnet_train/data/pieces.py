@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from bitnet_train.data.template import MARKS, QUOTE_END, QUOTE_START
+from bitnet_train.errors import UserError
 
 _STEPS = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")  # what is done to a text before its tokens
 
@@ -109,8 +110,7 @@ class PieceEncoder:
         """Whether plain text can become a control token: in Unigram's vocabularies its name is a word, too."""
         names = self._backend.get_added_tokens_decoder()
         texts = [names[id].content for id in sorted(self._control_ids)]
-        plain = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return any(not self._control_ids.isdisjoint(encoding.ids) for encoding in plain)
+        return any(not self._control_ids.isdisjoint(ids) for ids in encoded(self._backend, texts))
 
     def _name_at_the_end(self, text: str) -> str | None:
         return next((match[0] for match in self._added_names.finditer(text) if match.end() == len(text)), None)
@@ -136,9 +136,22 @@ def state_of(step: Any) -> str:
     return "null" if step is None else bytes(step.__getstate__()).decode()
 
 
+def encoded(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, spread over the cores.
+
+    Raises:
+        UserError: the tokenizer fails on one of them: a regex that tries too much, a word that it has no token for.
+    """
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except BaseException as error:  # a panic in Rust is no Exception
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"tokenizer.json: fails on the text ({error}); give a tokenizer that takes it") from None
+
+
 def _encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return ids
+    return encoded(backend, [text])[0]
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -45,6 +45,7 @@ from bitnet_train.data.parts import (
 )
 from bitnet_train.data.tables import Convert, converters
 from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import MAX_DEPTH, is_deep
 
 if TYPE_CHECKING:
     import pyarrow
@@ -304,7 +305,15 @@ def _json_object(line: bytes) -> Fields:
         raise UserError(f"the line is no JSON ({error}); write one object per line{hint}") from None
     if not isinstance(value, dict):
         raise UserError(f"the line is {type_name(value)}; write one object per line{hint}")
+    if text.count("{") + text.count("[") > MAX_DEPTH:  # few lines have so many: none is walked through in vain
+        check_depth(value, "the row")
     return value
+
+
+def check_depth(value: object, name: str) -> None:
+    """Raises UserError for a value of a row that is nested so deep that no recursive function could walk it."""
+    if is_deep(value):
+        raise UserError(f"{name} is nested more than {MAX_DEPTH} levels deep; drop the row")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> Fields:
@@ -393,7 +402,10 @@ def _is_long(text: object) -> TypeGuard[str]:
 
 def _converted(row: Fields, changes: Mapping[str, Convert]) -> Fields | UserError:
     try:
-        return row | {name: change(row[name]) for name, change in changes.items()} if changes else row
+        changed = {name: change(row[name]) for name, change in changes.items()}
+        for name, value in changed.items():
+            check_depth(value, name)  # JSON within a table; the types of the others are known
+        return row | changed if changes else row
     except UserError as error:
         return error
 

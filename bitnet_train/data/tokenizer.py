@@ -24,9 +24,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from bitnet_train.data.growth import check_growth
 from bitnet_train.data.notices import say_once
 from bitnet_train.data.parts import CONTEXT, PART_CHARACTERS, places
-from bitnet_train.data.pieces import PieceEncoder, state_of
+from bitnet_train.data.pieces import PieceEncoder, encoded, state_of
 from bitnet_train.data.template import bitnet_template, closing_token, renewed
 from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
@@ -62,7 +63,8 @@ class Tokenizer:
         chat_templates: by name; "default", and often "tool_use", which transformers takes for rows with tools.
 
     Raises:
-        UserError: BOS, EOS or padding is no token of the vocabulary; several templates and none is the default.
+        UserError: BOS, EOS or padding is no token of the vocabulary; several templates and none is the default; rules
+            that make a text far longer.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Tokenizer:
         stop_token_ids: Sequence[int] = (),
     ) -> None:
         self._backend = backend
+        check_growth(backend)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # their names in a text are text
@@ -216,7 +219,7 @@ class Tokenizer:
             before = ["a"] if continued else []
             return [self.encode_pieces([*before, self.quote(text)])[-1] for text in texts]
         backend = self._pieces.continuing if continued else self._backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return encoded(backend, texts)
 
     def cut(self, window: str) -> int:
         """Where to cut a long text so that the ids of both parts are those of the whole, see `data.parts`.

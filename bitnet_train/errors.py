@@ -9,11 +9,12 @@ is known and one line says it.
 import argparse
 import errno
 import os
+import logging
 import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -53,6 +54,19 @@ def printable(text: str) -> str:
 def is_utf8(text: str) -> bool:
     """Whether a text can be written; Python gives bytes that are no UTF-8 to a program as halves of surrogate pairs."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """What a model wrote, for a stream: as it is for a pipe or a file, `printable` for a terminal."""
+    return printable(text) if stream.isatty() else text
+
+
+class PrintableFormatter(logging.Formatter):
+    """Writes control characters in the records of a log, which quote foreign text, as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record."""
+        return printable(super().format(record))
 
 
 def report(error: UserError) -> None:

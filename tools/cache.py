@@ -8,19 +8,22 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bitnet_train.data.eviction import Entry, entries, evict
-from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, printable, run_command
 from bitnet_train.options import number
 from bitnet_train.user_cache import user_cache
 
 
 def table(listed: list[Entry], title: str) -> Table:
     """Name, size, tokens and last use of every entry."""
-    shown = Table("name", "MB", "tokens", "days since use", title=f"{title}: {megabytes(listed)} MB")
+    shown = Table("name", "MB", "tokens", "days since use", title=Text(f"{printable(title)}: {megabytes(listed)} MB"))
     for entry in listed:
         tokens = "" if entry.tokens is None else f"{entry.tokens:,}"
-        shown.add_row(entry.path.name, megabytes([entry]), tokens, f"{(time.time() - entry.used) / 86400:.1f}")
+        shown.add_row(
+            Text(printable(entry.path.name)), megabytes([entry]), tokens, f"{(time.time() - entry.used) / 86400:.1f}"
+        )
     return shown
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.errors import ArgumentParser, run_command
+from bitnet_train.errors import ArgumentParser, printable, run_command
 from bitnet_train.evaluation.perplexity import Likelihood, evaluate
 from bitnet_train.export import ExportResult, export, verify
 from bitnet_train.formats.metrics import Event, read_events
@@ -150,7 +150,7 @@ def _main() -> int:
     console.print(stages_table(_english(), summary["heldout_xz"]["bits_per_byte_alone"]), exports_table([packed, gguf]))
     for question, answer in _samples(packed.path, ROOT / "data/sft/heldout.jsonl"):
         console.print(f"\n[bold]{question}[/bold]")
-        console.print(answer.strip(), markup=False, highlight=False)
+        console.print(printable(answer.strip()), markup=False, highlight=False)
     failed = [result for result in (packed, gguf) if result.verification is None or result.verification.mismatches]
     return 1 if failed else 0
 

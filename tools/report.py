@@ -5,7 +5,7 @@ python tools/report.py RUN [OUT.html]        OUT is RUN/report.html if left out
 
 from pathlib import Path
 
-from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, printable, run_command
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.training.report import report
 
@@ -22,7 +22,7 @@ def main() -> None:
             file.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another file") from None
-    print(out)
+    print(printable(str(out)))
 
 
 if __name__ == "__main__":

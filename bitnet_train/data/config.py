@@ -21,7 +21,7 @@ from bitnet_train.data.store import TokenStore
 from bitnet_train.data.streaming import StreamedRows, TokenStream
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.data.workers import available_cores
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, printable
 from bitnet_train.memory import machine_bytes
 from bitnet_train.user_cache import user_cache
 
@@ -240,7 +240,7 @@ class _LongRows(DataConfig):
         if not len(fitting.number):
             raise UserError(f"{line}: no row is left to train on; raise data.sequence_length above {capacity - 1}")
         if fitting.long:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         return fitting
 
 

@@ -12,6 +12,7 @@ from bitnet_train.data.batches import PairBatch, TokenBatch
 from bitnet_train.data.config import Rows
 from bitnet_train.data.packing import PackedRows, PairRows, StreamRows
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import printable
 from bitnet_train.labels import IGNORE_INDEX
 
 TRAINED, CONTEXT = ("bold green", "bold bright_green"), ("white", "bright_black")  # two shades of each
@@ -41,7 +42,7 @@ def row_text(row: TokenBatch, length: int, tokenizer: Tokenizer) -> Text:
         if position and documents[position] != documents[position - 1]:
             text.append("\n")
         is_trained = position > 0 and labels[position - 1] != IGNORE_INDEX
-        text.append(spelled, style=(TRAINED if is_trained else CONTEXT)[position % 2])
+        text.append(printable(spelled), style=(TRAINED if is_trained else CONTEXT)[position % 2])
     return text
 
 

@@ -3,10 +3,12 @@
 import sys
 from functools import cache
 
+from bitnet_train.errors import printable
+
 
 def say(message: str) -> None:
     """Says it now."""
-    print(f"data: {message}", file=sys.stderr, flush=True)
+    print(f"data: {printable(message)}", file=sys.stderr, flush=True)
 
 
 @cache

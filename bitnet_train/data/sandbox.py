@@ -16,7 +16,7 @@ large number of short ones (`*`, `center`, `replace`) is refused before it is do
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import wraps
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, cast, NoReturn
 
 from jinja2 import TemplateRuntimeError, nodes
 from jinja2.compiler import CodeGenerator, Frame, operators
@@ -91,7 +91,9 @@ _GROWTH: Mapping[str, Callable[..., int]] = {
     "replace": _replaced,
     "indent": _indented,
     "tojson": _as_json,
-    "join": lambda weight, *given, **_named: weight.parts * max((len(x) for x in given if isinstance(x, _TEXTS)), default=0),
+    "join": lambda weight, *given, **_named: (
+        weight.parts * max((len(x) for x in given if isinstance(x, _TEXTS)), default=0)
+    ),
     # lists are added one after the other, each time anew
     "sum": lambda weight, _value, attribute=None, start=0: 0 if isinstance(start, int | float) else weight.parts**2,
     **dict.fromkeys(("wordwrap", "urlize"), _wrapped),
@@ -109,39 +111,39 @@ class _Generator(CodeGenerator):
         self.writeline("if environment.steps < 0: environment.refuse_steps()")
         super().blockvisit(body, frame)
 
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802
         if node.test is not None:  # {% for a in b if c %} runs no block where c is false
             node.test = nodes.And(nodes.EnvironmentAttribute("step"), node.test)
         super().visit_For(node, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.joined(context, (")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
 
-    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
         self.write("environment.take(")
         self.visit(node.left, frame)
         self.write(" + ")
         self.visit(node.right, frame)
         self.write(")")
 
-    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:  # noqa: N802
         if isinstance(node.expr, nodes.Const):
             super().visit_Operand(node, frame)
         else:
             self.write(f" {operators[node.op]} ")
             self._handed("weighed", lambda: self.visit(node.expr, frame))
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
         if node.ctx == "load":  # it may be a key, whose hash is made of all that it holds
             self._handed("weighed", lambda: super(_Generator, self).visit_Tuple(node, frame))
         else:
             super().visit_Tuple(node, frame)
 
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
         if isinstance(node.arg, nodes.Slice):
             self._handed("take", lambda: super(_Generator, self).visit_Getitem(node, frame))
         else:
@@ -175,7 +177,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self.allow(0)
         self.filters = {name: self._counted(name, f) for name, f in {**self.filters, **filters}.items()}
-        self.tests |= {name: self._counted(name, self.tests[name]) for name in _COMPARING}
+        self.tests |= {name: self._counted(name, cast(Callable[..., Any], self.tests[name])) for name in _COMPARING}
         del self.globals["lipsum"]  # random text, as much as is asked for
 
     def allow(self, characters: int) -> None:
@@ -196,7 +198,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def refuse_steps(self) -> NoReturn:
         """Raises the error of a template that runs too long."""
-        raise TemplateRuntimeError(f"it runs for more than {self._steps:,} steps, as many as a conversation of this size has")
+        raise TemplateRuntimeError(
+            f"it runs for more than {self._steps:,} steps, as many as a conversation of this size has"
+        )
 
     def _reserve(self, characters: int) -> None:
         """Refuses a text, or a number of parts, that is too long to be made."""
@@ -237,7 +241,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 if isinstance(value, _TEXTS):
                     characters += len(value)
                 elif isinstance(value, Namespace):
-                    inner.append(dict(value._Namespace__attrs))  # type: ignore[attr-defined]
+                    inner.append(dict(value._Namespace__attrs))
                 elif isinstance(value, dict):
                     self._spend(len(value))
                     inner += value.keys()
@@ -254,9 +258,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """a ~ b"""
         for part in parts:
             self.weighed(part)
-        return self.take((markup_join if context.eval_ctx.autoescape else str_join)(parts))
+        text: str = self.take((markup_join if context.eval_ctx.autoescape else str_join)(parts))
+        return text
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         """The text of a template, a macro or a block."""
         pieces = list(pieces)
         self._reserve(sum(map(len, pieces)))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bitnet_train.errors import UserError
+from bitnet_train.formats.json_file import MAX_DEPTH
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,21 +23,24 @@ def converters(schema: "pyarrow.Schema") -> dict[str, Convert]:
     return {name: convert for name, convert in found.items() if convert is not None}
 
 
-def _converter(kind: Any) -> Convert | None:
+def _converter(kind: Any, depth: int = 1) -> Convert | None:
     import pyarrow
     from pyarrow import types
 
+    if depth > MAX_DEPTH:
+        raise UserError(f"a column is nested more than {MAX_DEPTH} levels deep; leave it out")
+    deeper = depth + 1
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _from_json if kind.extension_name == "arrow.json" else None
     if types.is_struct(kind):
-        return _struct({kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)})
+        return _struct({kind.field(i).name: _converter(kind.field(i).type, deeper) for i in range(kind.num_fields)})
     if types.is_map(kind):
-        return _map(_converter(kind.item_type))
+        return _map(_converter(kind.item_type, deeper))
     if types.is_dictionary(kind):
-        return _converter(kind.value_type)
+        return _converter(kind.value_type, deeper)
     if any(is_list(kind) for is_list in lists):
-        return _list(_converter(kind.value_type))
+        return _list(_converter(kind.value_type, deeper))
     return None
 
 

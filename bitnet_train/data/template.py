@@ -228,9 +228,7 @@ def _spans_after_prompts(
         yield start, end
 
 
-def _end_of_turn(
-    messages: Sequence[Message], index: int, write: Write, text: str, next_start: int | None
-) -> int:
+def _end_of_turn(messages: Sequence[Message], index: int, write: Write, text: str, next_start: int | None) -> int:
     """Where the turn of a message ends at the latest.
 
     The turn that a template writes for the last answer may be another one than in the middle of a conversation (Qwen3's

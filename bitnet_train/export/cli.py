@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, run_command
+from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, printable, run_command
 from bitnet_train.export import hub, runtimes
 from bitnet_train.export.exporter import DTYPES, ExportResult, export
 from bitnet_train.export.readback import NotVerifiedError
@@ -60,10 +60,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = _export(args)
     except OSError as error:
-        print(f"error: {args.target}: cannot be written: {error.strerror}; nothing was changed", file=sys.stderr)
+        print(
+            printable(f"error: {args.target}: cannot be written: {error.strerror}; nothing was changed"),
+            file=sys.stderr,
+        )
         return EXIT_FAILURE
     except NotVerifiedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_FAILURE
     _tell(result, bool(args.verify))
     if args.push_to_hub:
@@ -76,7 +79,7 @@ def _list(args: argparse.Namespace) -> int:
     for target in TARGETS:
         reason = refusal(source, target)
         told = f"yes   {', '.join(readers(source, target))}" if reason is None else f"no    {reason}"
-        print(f"{target!s:27} {told}")
+        print(printable(f"{target!s:27} {told}"))
     return 0
 
 
@@ -134,16 +137,16 @@ def _bytes(size: str) -> int:
 
 def _tell(result: ExportResult, in_full: bool) -> None:
     """Prints what was written and found; in full also what became of everything in the source."""
-    print(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)")
+    print(printable(f"wrote {result.path} ({result.bytes / 1e6:.1f} MB)"))
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     if result.verification is not None:
-        print(result.verification)
+        print(printable(str(result.verification)))
     for account in result.accounts if in_full else ():
-        print(account)
+        print(printable(str(account)))
     for report in result.reports:
         for line in report.lines():
-            print(line.text)
+            print(printable(line.text))
 
 
 def main() -> NoReturn:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, printable
 
 
 def check_repository(repository: str) -> None:
@@ -28,9 +28,9 @@ def push(path: Path, card: str, repository: str, *, dry_run: bool) -> None:
     root = path if path.is_dir() else path.parent
     sizes = {"README.md": len(card.encode())} | {str(file.relative_to(root)): file.stat().st_size for file in files}
     for name, size in sizes.items():
-        print(f"{'would send' if dry_run else 'sending'} {name} ({size / 1e6:.1f} MB)")
+        print(printable(f"{'would send' if dry_run else 'sending'} {name} ({size / 1e6:.1f} MB)"))
     if dry_run:
-        print("README.md:", *card.splitlines(), sep="\n    ")
+        print("README.md:", *map(printable, card.splitlines()), sep="\n    ")
         print(f"nothing was sent to {repository}: this was a dry run, --no-dry-run sends it")
     else:
         print(f"sent: {_send(path, card, repository)}")

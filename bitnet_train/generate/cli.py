@@ -10,6 +10,7 @@ Every completion starts from --seed and does not depend on those before it.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -19,7 +20,7 @@ from bitnet_train.data.conversation import check_text
 from bitnet_train.data.readers import format_of, is_readable
 from bitnet_train.data.sources import Row, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
-from bitnet_train.errors import ArgumentParser, UserError, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command, shown
 from bitnet_train.generate.loading import load
 from bitnet_train.generate.sampling import Sampling, prompt_ids_of, stream
 from bitnet_train.generate.session import ChatSession
@@ -72,7 +73,7 @@ def _main() -> None:
     if args.prompts is not None:
         _complete_all(args, model, tokenizer)
     elif args.prompt is not None:
-        print("".join(_completion(args, model, tokenizer, args.prompt)))
+        print(shown("".join(_completion(args, model, tokenizer, args.prompt)), sys.stdout))
     else:
         chat(_session(args, model, tokenizer))
 
@@ -100,7 +101,8 @@ def _complete_all(args: argparse.Namespace, model: BitNetForCausalLM, tokenizer:
             prompt = check_text(row.fields.get("prompt"), "prompt")
             completions.append(_completion(args, model, tokenizer, prompt))
     for row, completion in zip(rows, completions, strict=True):
-        print(json.dumps({**row.fields, "completion": "".join(completion)}, ensure_ascii=False), flush=True)
+        line = json.dumps({**row.fields, "completion": "".join(completion)}, ensure_ascii=False)
+        print(shown(line, sys.stdout), flush=True)
 
 
 def _prompt_rows(file: str) -> Iterator[Row]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
-from bitnet_train.errors import UserError, report
+from bitnet_train.errors import UserError, report, shown
 from bitnet_train.generate.session import ChatSession
 
 PROMPT = "> "
@@ -55,7 +55,7 @@ def _answer(session: ChatSession, message: str) -> None:
     try:
         with closing(session.say(message)) as pieces:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(shown(piece, sys.stdout), end="", flush=True)
     except UserError as error:
         report(error)
         return

@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, printable
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.json_file import read_json
 from bitnet_train.formats.metrics import read_events
@@ -103,7 +103,7 @@ def conclude(run_dirs: list[Path]) -> int:
     folders = {path.resolve() for path in [*found, *run_dirs]}
     rows = [_row(path, metric) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
     _write(folder / _TABLE, [asdict(row) for row in rows])
-    print(format_table(rows, metric))
+    print(printable(format_table(rows, metric)))
     return exit_code(rows)
 
 

@@ -13,7 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError
+from bitnet_train.errors import (
+    EXIT_FAILURE,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    PrintableFormatter,
+    RunFailed,
+    UserError,
+)
 from bitnet_train.training.imports import import_lightning
 from bitnet_train.training.signals import StopRequested, ignore_signals, stop_on_signals
 
@@ -94,7 +101,9 @@ def _log_into(run_dir: Path) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if first:
         handlers.append(logging.FileHandler(run_dir / "train.log"))
-    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.WARNING, handlers=handlers)
+    for handler in handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, handlers=handlers)
 
 
 if __name__ == "__main__":

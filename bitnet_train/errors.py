@@ -8,8 +8,8 @@ is known and one line says it.
 
 import argparse
 import errno
-import os
 import logging
+import os
 import re
 import signal
 import sys

@@ -37,7 +37,7 @@ _WORTH_WORKERS = 1 << 22  # bytes of sources from which processes of their own p
 # modules that decide about ids
 _CODE = (
     *("readers", "parts", "tables", "saved", "hub", "sources", "conversation", "preference"),
-    *("template", "pieces", "chat", "tokenizer", "encoding", "store"),
+    *("sandbox", "template", "pieces", "chat", "tokenizer", "encoding", "store"),
 )
 
 

@@ -27,10 +27,13 @@ def test_a_row_that_is_nested_too_deep_is_a_bad_row(tmp_path: Path, field: str, 
 
 @pytest.mark.parametrize("depth", [110, 900, 100_000])
 def test_json_in_a_string_that_is_nested_too_deep_is_an_error(depth: int) -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": ['{"a": %s}' % nested(depth)]}
-    fields = {"tools": '[{"a": %s}]' % nested(depth), "messages": [{"role": "user", "content": "a"}, call]}
+    call = {"role": "assistant", "content": "", "tool_calls": [f'{{"a": {nested(depth)}}}']}
+    fields: dict[str, object] = {
+        "tools": f'[{{"a": {nested(depth)}}}]',
+        "messages": [{"role": "user", "content": "a"}, call],
+    }
     for read in (tools_of, messages_of):
-        with pytest.raises(UserError, match="x:1: .*(nested more than 100|no JSON)"):
+        with pytest.raises(UserError, match=r"x:1: .*(nested more than 100|no JSON)"):
             read(Row("x", 1, fields))
 
 

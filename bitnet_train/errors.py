@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 EXIT_FAILURE = 1
@@ -28,6 +29,15 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader raises what its worker raised with the traceback as the message; it ends in what was said.
         super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].rstrip("\n"))
+
+
+@contextmanager
+def within(place: object) -> Iterator[None]:
+    """Puts a place, such as a file, in front of a UserError of those who do not know it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 class RunFailed(RuntimeError):

@@ -187,6 +187,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     numbers: bins are kept in a list per room, and one integer has a bit for every room that some bin has.
     """
     assert lengths.max(initial=0) <= capacity, (lengths.max(), capacity)
+    capacity = min(capacity, int(lengths.sum()))  # a context may be longer than memory
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = bin_count = 0
     bins = np.empty(len(lengths), dtype=np.int64)

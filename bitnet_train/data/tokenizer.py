@@ -180,8 +180,7 @@ class Tokenizer:
         Raises:
             UserError: a key is missing, or the tokenizer is none that is read here.
         """
-        backend = tokenizers.Tokenizer.from_str(json.dumps(stored.tokenizer_json))
-        return cls(backend, stored.tokenizer_config, stored.stop_ids)
+        return cls(stored.backend(), stored.tokenizer_config, stored.stop_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes both files, so that `from_folder` and transformers' AutoTokenizer read the same tokenizer back."""

@@ -48,7 +48,7 @@ def _parser() -> ArgumentParser:
         "--sequence-length",
         type=integer(1),
         metavar="N",
-        help="--data: positions per row (default: the context)",
+        help="--data: positions per row (default: the context, at most 131072)",
     )
     add("--tasks", nargs="+", default=[], metavar="[NAME=]PATH", help="rows with choices or prompts, and answers")
     add("--max-new-tokens", type=integer(1), default=64, metavar="N", help="--tasks: of a text (default: 64)")

@@ -4,7 +4,7 @@
     perplexity     exp(nll)
     bits_per_byte  - sum log2 p(token) / bytes of the text    comparable between tokenizers, and with a compressor
 
-Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context allows;
+Text is read as in pre-training: BOS + document + EOS, joined and cut to rows as long as the model's context;
 every token but BOS is predicted once, EOS included. Of conversations the answers alone count, with their end-of-turn
 token. Bytes are those of the text where all of it is predicted; in conversations, and where there is no BOS from which
 a first token could be predicted, those that the predicted tokens stand for, as in the log of a run.
@@ -29,6 +29,7 @@ from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 _ROWS_AT_ONCE = 4
+_LONGEST_ROW = 1 << 17  # positions: what is longer no model was trained with, and a context is but a number in a file
 
 
 class Likelihood(TypedDict):
@@ -50,9 +51,9 @@ def evaluate(
         model: any decoder, trained or imported.
         tokenizer: the model's own.
         paths: files, globs, folders or hub ids.
-        sequence_length: positions per row; the model's context if absent.
+        sequence_length: positions per row; the model's context if absent, but no more than `_LONGEST_ROW`.
     """
-    length = sequence_length or model.config.max_position_embeddings
+    length = sequence_length or min(model.config.max_position_embeddings, _LONGEST_ROW)
     if length > model.config.max_position_embeddings:
         raise UserError(
             f"--sequence-length must be at most the context ({model.config.max_position_embeddings}), got {length}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_train.formats.json_file import parsed_json
 from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.shards import State, fill, outline
 from bitnet_train.formats.state_file import STATE, ModelState, read_state
@@ -37,10 +38,9 @@ class CheckpointWeights:
         return read_state(self.path, ModelState)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the run was, among it the model's configuration as JSON."""
-        identity: dict[str, Any] = self._state()["identity"]
-        return identity
+    def config(self) -> dict[str, Any]:
+        """The model's configuration, which the state has as JSON."""
+        return parsed_json(self._state()["identity"]["model"], f"{self.path / STATE}: identity.model")
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

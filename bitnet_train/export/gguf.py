@@ -16,7 +16,7 @@ from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, pack_ternary_blocks
 from bitnet_train.formats.parts import nothing
 from bitnet_train.formats.private_paths import without_path
 from bitnet_train.formats.scale import all_zero, rounded_scale
-from bitnet_train.model.weights import located
+from bitnet_train.model.weights import GGUFWeights, located
 
 
 def write_gguf_model(
@@ -35,14 +35,16 @@ def write_gguf_model(
         written: called with the file, under its temporary name, and each tensor of the model that is in it.
         whole: called with the file before it gets its name; it is removed if this raises.
     """
-    types = GGUF_TYPES[type_name]
+    of_tensors = GGUF_TYPES[type_name]
     fields = {**source.config_json, **asdict(source.config)}
     name = without_path(source.name)
-    metadata = model_metadata(name, fields, types.file_type, source.licence) | source.gguf_tokenizer
+    metadata = model_metadata(name, fields, of_tensors.file_type, source.licence) | source.gguf_tokenizer
     names = {gguf_name(name): name for name in source.shapes}
-    tensors = {stored: _blocks(source, name, types) for stored, name in names.items()}
+    tensors = {stored: _blocks(source, name, of_tensors) for stored, name in names.items()}
     architecture = ARCHITECTURES[source.config.hidden_act]
-    write_gguf(path, architecture, metadata, tensors, lambda file, stored: written(file, names[stored]), whole)
+    kept = source.weights.file.types if isinstance(source.weights, GGUFWeights) and source.own_tokenizer else {}
+    types = {key: kept[key] for key in kept.keys() & source.gguf_tokenizer}  # of keys that are copied
+    write_gguf(path, architecture, metadata, tensors, lambda file, stored: written(file, names[stored]), whole, types)
 
 
 def _blocks(source: Source, name: str, types: GGUFTypes) -> LazyBlocks:

@@ -18,23 +18,23 @@ from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.export.checkpoint import CheckpointWeights
 from bitnet_train.export.tokenization import prove_keys
-from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_file import GGUFFile, is_gguf
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
 from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, folder_kind, quantization_config
-from bitnet_train.formats.json_file import parsed_json, read_json, write_json
+from bitnet_train.formats.json_file import read_json, write_json
 from bitnet_train.formats.link import followed
 from bitnet_train.formats.model_card import licence_of
 from bitnet_train.formats.packing import packed_shape
 from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.recognise import what_it_is
+from bitnet_train.formats.schemas import GenerationConfig
 from bitnet_train.formats.state_file import STATE
 from bitnet_train.formats.tokenizer_files import Roles, TokenizerFiles
-from bitnet_train.model.accounting import check_modules, expendable, left_out
+from bitnet_train.model.accounting import check_modules, check_sizes, expendable, left_out
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.skeleton import skeleton, tensor_shapes, ternary_names
-from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, located
+from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, gguf_config, gguf_shapes, located
 
 
 class SourceTokenizer(Protocol):
@@ -130,7 +130,7 @@ class Source:
     def _generation_config(self) -> dict[str, Any]:
         """As it is stored, with the ids of the tokenizer."""
         path = self.path / GENERATION_CONFIG
-        stored = without_paths(read_json(path) if path.is_file() else {})
+        stored = without_paths(read_json(path, GenerationConfig) if path.is_file() else {})
         if not self.own_tokenizer:
             stored = {key: value for key, value in stored.items() if not key.endswith("_token_id")}
         return stored | self.tokenizer.generation_ids()
@@ -231,7 +231,8 @@ def _folder(source: Path, quantize: bool) -> Source:
         )
     folder = HFFolder(path)
     online = {"quantization_config": quantization_config("autobitlinear", "online")}
-    config = _config(path, {**folder.config, **online})  # first, so that another architecture is called by its name
+    # first, so that another architecture is called by its name
+    config = BitNetConfig.from_json({**folder.config, **online}, path / CONFIG)
     kind = folder_kind(path)
     if kind == "dense" and not quantize:
         raise UserError(
@@ -239,9 +240,9 @@ def _folder(source: Path, quantize: bool) -> Source:
             "takes its weights for masters"
         )
     config_json = folder.config | (online if kind == "dense" else {})
+    check_sizes(path, config, folder.shapes)
     check_modules(path / CONFIG, folder.config.get("quantization_config"), config)
-    shapes = {name: tensor.shape for name, tensor in folder.tensors.items()}
-    tokenizer = TokenizerFiles(path, {**asdict(config), **config_json}, renewed)
+    tokenizer = TokenizerFiles(path, {**config_json, **asdict(config)}, renewed)
     weights = FolderWeights(folder, kind)
     run_dir = path.resolve().parent if path.name == "model" else None
     return Source(
@@ -251,7 +252,7 @@ def _folder(source: Path, quantize: bool) -> Source:
         config_json,
         weights,
         tokenizer,
-        shapes,
+        folder.shapes,
         name=(run_dir or path.resolve()).name,
         run_dir=run_dir,
         licence=licence_of(path),
@@ -268,10 +269,9 @@ def _left_out(folder: HFFolder, config: BitNetConfig) -> dict[str, str]:
 
 def _gguf(path: Path) -> Source:
     file = GGUFFile(path)
-    config_json = gguf_config(file)
-    config = _config(path, config_json)
-    names = {gguf_name(name): name for name in tensor_shapes(skeleton(config))}
-    shapes = {names.get(stored, stored): info.shape for stored, info in file.tensors.items()}
+    config_json, shapes = gguf_config(file), gguf_shapes(file)
+    config = BitNetConfig.from_json(config_json, path)
+    check_sizes(path, config, shapes)
     tokenizer = GGUFTokenizer(path, file.metadata, renewed)
     name = str(file.metadata.get("general.name", path.stem))
     found = file.metadata.get("general.license")
@@ -282,8 +282,9 @@ def _gguf(path: Path) -> Source:
 
 def _checkpoint(path: Path) -> Source:
     weights = CheckpointWeights(path)
-    config_json = parsed_json(weights.identity["model"], f"{path / STATE}: identity.model")
-    config = _config(path, config_json)
+    config_json = weights.config
+    config = BitNetConfig.from_json(config_json, path / STATE)
+    check_sizes(path, config, weights.shapes)
     run_dir = path.parent.parent
     tokenizer = TokenizerFiles(run_dir / "model", {"vocab_size": config.vocab_size}, renewed)
     return Source(path, "master", config, config_json, weights, tokenizer, weights.shapes, run_dir.name, run_dir)
@@ -296,10 +297,3 @@ def _with_tokenizer(source: Source, folder: Path) -> Source:
     config_json = {key: value for key, value in source.config_json.items() if not key.endswith("_token_id")}
     files = TokenizerFiles(folder, asdict(source.config), renewed)
     return replace(source, config_json=config_json, tokenizer=files, own_tokenizer=False)
-
-
-def _config(path: Path, config_json: Mapping[str, Any]) -> BitNetConfig:
-    try:
-        return BitNetConfig.from_json(config_json)
-    except TypeError as error:
-        raise UserError(f"{path / CONFIG}: a field has the wrong type ({error}); write it again") from None

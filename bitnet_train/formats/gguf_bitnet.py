@@ -54,6 +54,15 @@ _KEYS = {
 _ROPE_SCALING = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
 _ROPE_KEYS = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 _FLOATS = ("rope_theta", "rms_norm_eps", "factor")  # float32 in a file, also where config.json has 500000
+_MOST = 2**32 - 1  # the integers are uint32: the runtimes refuse a wider type
+ROPE_TYPE = "rope.scaling.type"
+_FIELDS = {
+    **_KEYS,
+    "rope.dimension_count": "head_dim",
+    **{f"rope.scaling.{key}": name for name, key in _ROPE_KEYS.items()},
+}
+FLOAT_KEYS = tuple(key for key, field in _FIELDS.items() if field in _FLOATS)
+INTEGER_KEYS = tuple(key for key, field in _FIELDS.items() if field not in _FLOATS)
 _ROPE_DEFAULTS = {  # what the graphs compute with, beside an attention factor by yarn
     "beta_fast": 32,
     "beta_slow": 1,
@@ -62,6 +71,7 @@ _ROPE_DEFAULTS = {  # what the graphs compute with, beside an attention factor b
     "mscale": None,
     "mscale_all_dim": None,
 }
+_LAYER_NAMES, _OTHER_NAMES = ({to: name for name, to in names.items()} for names in (_LAYER_TENSORS, _OTHER_TENSORS))
 
 
 def gguf_name(name: str) -> str:
@@ -69,6 +79,16 @@ def gguf_name(name: str) -> str:
     stem = name.removesuffix(".weight")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     return f"blk.{layer[1]}.{_LAYER_TENSORS[layer[2]]}.weight" if layer else f"{_OTHER_TENSORS[stem]}.weight"
+
+
+def transformers_name(stored: str) -> str:
+    """The inverse of `gguf_name`; a name that is none of its results stays as it is."""
+    stem, _, ending = stored.rpartition(".")
+    if ending != "weight":
+        return stored
+    if (layer := re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(.+)", stem)) and layer[2] in _LAYER_NAMES:
+        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
+    return f"{_OTHER_NAMES[stem]}.weight" if stem in _OTHER_NAMES else stored
 
 
 def model_metadata(
@@ -83,7 +103,8 @@ def model_metadata(
         licence: its SPDX identifier, in lower case.
 
     Raises:
-        ValueError: the rotary embedding is scaled in a way that the graphs do not compute.
+        ValueError: the rotary embedding is scaled in a way that the graphs do not compute, or a number is beyond the
+            type of its key.
     """
     architecture = ARCHITECTURES[config["hidden_act"]]
     keys = {
@@ -101,7 +122,11 @@ def model_metadata(
 
 
 def _typed(field: str, value: Any) -> float | int:
-    return float(value) if field in _FLOATS else int(value)
+    if field in _FLOATS:
+        return float(value)
+    if int(value) > _MOST:
+        raise ValueError(f"{field} must be at most {_MOST} for GGUF, got {value}; use --format safetensors")
+    return int(value)
 
 
 def _rope_keys(rope: Mapping[str, Any]) -> dict[str, object]:
@@ -114,7 +139,7 @@ def _rope_keys(rope: Mapping[str, Any]) -> dict[str, object]:
             f"rope scaling must be linear, or yarn with the paper's constants, for GGUF's graphs, got {dict(rope)}"
         )
     fields = {key: _typed(field, rope[field]) for field, key in _ROPE_KEYS.items() if field in _ROPE_SCALING[kind]}
-    return {"rope.scaling.type": kind, **{f"rope.scaling.{key}": value for key, value in fields.items()}}
+    return {ROPE_TYPE: kind, **{f"rope.scaling.{key}": value for key, value in fields.items()}}
 
 
 def config_json(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def config_json(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     known = {
         *_KEYS,
         "rope.dimension_count",
-        "rope.scaling.type",
+        ROPE_TYPE,
         *(f"rope.scaling.{key}" for key in _ROPE_KEYS.values()),
     }
     prefix = f"{architecture}."
@@ -147,12 +172,12 @@ def config_json(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     heads = metadata[f"{architecture}.embedding_length"] // max(1, metadata[f"{architecture}.attention.head_count"])
     if (turned := metadata.get(f"{architecture}.rope.dimension_count", heads)) != heads:
         raise ValueError(f"key {architecture}.rope.dimension_count must be {heads}, the width of a head, got {turned}")
-    if f"{architecture}.rope.scaling.type" not in metadata:
+    if f"{architecture}.{ROPE_TYPE}" not in metadata:
         for key in _ROPE_KEYS.values():
             if f"{architecture}.rope.scaling.{key}" in metadata:
                 raise ValueError(f"key {architecture}.rope.scaling.type must be there beside {key}, got none")
     values = {field: _shortest(metadata[f"{architecture}.{key}"]) for key, field in _KEYS.items()}
-    scaling = {"rope_type": metadata.get(f"{architecture}.rope.scaling.type", "none")}
+    scaling = {"rope_type": metadata.get(f"{architecture}.{ROPE_TYPE}", "none")}
     for field, key in _ROPE_KEYS.items():
         if (value := metadata.get(f"{architecture}.rope.scaling.{key}")) is not None:
             scaling[field] = _shortest(value)

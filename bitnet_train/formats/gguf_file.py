@@ -19,8 +19,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf, prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -30,9 +31,12 @@ from bitnet_train.formats.gguf_blocks import GGMLType, tensor_bytes
 from bitnet_train.formats.parts import ahead, nothing, read_bytes
 
 _ALIGNMENT = 32
+_MOST_HEADER = 1 << 26  # bytes; the keys of a vocabulary of 262,144 tokens take 16 MB
+_MOST_DIMENSIONS = 4  # ggml's
 _VERSION = 3
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _FLOAT64 = 4, 5, 6, 7, 8, 9, 12
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INTEGERS = {
     4: (0, 2**32 - 1),
     5: (-(2**31), 2**31 - 1),
@@ -56,22 +60,25 @@ def write_gguf(
     tensors: Mapping[str, LazyBlocks],
     written: Callable[[Path, str], object] = nothing,
     whole: Callable[[Path], object] = nothing,
+    types: Mapping[str, int] | None = None,
 ) -> None:
     """Writes a GGUF file with a few parts of tensors in memory at a time; `path` appears when it is whole.
 
     Args:
         path: the file, replaced if it exists.
         architecture: general.architecture.
-        metadata: key-values: str, bool, int (as uint32, or a wider type if it must be), float (as float32), or a list
-            of one of them (int as int32); an empty list is left out.
+        metadata: key-values: str, bool, int (as uint32) or float (as float32), or as a wider type if it must be, or a
+            list of one of them (int as int32); an empty list is left out.
         tensors: the tensors by name, in the order of the file.
         written: called with the file, under its temporary name, and each tensor that can be read from it.
         whole: called with the file before it gets its name; the file is removed if this raises.
+        types: the numbers of the types of some keys, or of their elements, in place of the usual ones: see
+            `GGUFFile.types`.
 
     Raises:
         UserError: a key holds what GGUF has no type for.
     """
-    header = _header(path, architecture, metadata, tensors)
+    header = _header(path, architecture, metadata, tensors, types or {})
     with atomic_file(path) as temporary:
         _write(temporary, header, tensors, written)
         whole(temporary)
@@ -90,10 +97,16 @@ def _write(
                 written(path, ended)
 
 
-def _header(path: Path, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, LazyBlocks]) -> bytes:
+def _header(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, object],
+    tensors: Mapping[str, LazyBlocks],
+    types: Mapping[str, int],
+) -> bytes:
     """All that comes before the tensor data."""
     pairs = {"general.architecture": architecture, **metadata}
-    packed = [_packed_pair(path, key, value) for key, value in pairs.items() if value != []]
+    packed = [_packed_pair(path, key, value, types.get(key)) for key, value in pairs.items() if value != []]
     counts = struct.pack("<IQQ", _VERSION, len(tensors), len(packed))
     header = b"".join([b"GGUF", counts, *packed, *_tensor_infos(tensors)])
     return header + bytes(-len(header) % _ALIGNMENT)
@@ -113,30 +126,30 @@ def _packed(text: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _packed_pair(path: Path, key: str, value: object) -> bytes:
+def _packed_pair(path: Path, key: str, value: object, type_: int | None) -> bytes:
     try:
-        return _packed(key) + _packed_value(value)
+        return _packed(key) + _packed_value(value, type_)
     except (ValueError, struct.error) as error:
         raise UserError(f"{path}: {key}: {error}; the source of this key is damaged") from None
 
 
-def _packed_value(value: object) -> bytes:
+def _packed_value(value: object, type_: int | None = None) -> bytes:
     """The type's number, then the value; the library would take a second for the tokens of a large vocabulary."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _packed(value)
     if isinstance(value, list):
-        code = _type_of(value, _INT32)
+        code = _type_of(value, _INT32) if type_ is None else type_
         if code == _STRING:
             data = b"".join(map(_packed, value))
         else:
             data = struct.pack(f"<{len(value)}{_SCALARS[code]}", *value)
         return struct.pack("<IIQ", _ARRAY, code, len(value)) + data
-    code = _type_of([value], _UINT32)
+    code = _type_of([value], _UINT32) if type_ is None else type_
     return struct.pack(f"<I{_SCALARS[code]}", code, value)
 
 
 def _type_of(values: Sequence[object], usual: int) -> int:
-    """The type that holds these values: of integers the usual one if they fit, else the next that does."""
+    """The type that holds these values: the usual one if they fit, else the next that does."""
     kinds = {type(value) for value in values}
     if kinds == {int}:
         numbers = cast(Sequence[int], values)
@@ -144,6 +157,8 @@ def _type_of(values: Sequence[object], usual: int) -> int:
             low, high = _INTEGERS[code]
             if low <= min(numbers) and max(numbers) <= high:
                 return code
+    if kinds == {float} and any(_MOST_FLOAT32 < abs(value) < inf for value in cast(Sequence[float], values)):
+        return _FLOAT64
     codes: dict[type, int] = {bool: _BOOL, float: _FLOAT32, str: _STRING}
     if len(kinds) != 1 or (kind := kinds.pop()) not in codes:
         raise ValueError(
@@ -179,7 +194,10 @@ def is_gguf(path: Path) -> bool:
 
 
 class GGUFFile:
-    """A GGUF file: `metadata` by key, `tensors` by name; a tensor is read when it is asked for.
+    """A GGUF file: `metadata` and `types` by key, `tensors` by name; a tensor is read when it is asked for.
+
+    Attributes:
+        types: the number of each key's type, of an array's that of its elements.
 
     Raises:
         UserError: the file is missing, no GGUF file of version 3, or cut off.
@@ -189,10 +207,12 @@ class GGUFFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.metadata, self.tensors = _Parser(file, path.stat().st_size).parse()
+                parser = _Parser(file, path.stat().st_size)
+                self.metadata, self.tensors = parser.parse()
+                self.types: Mapping[str, int] = parser.types
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{path}: must be a whole GGUF file of version {_VERSION}: {error}; write it again"
             ) from None
@@ -234,42 +254,64 @@ class _Parser:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
+        self.types: dict[str, int] = {}
 
     def parse(self) -> tuple[dict[str, object], dict[str, TensorInfo]]:
         magic, version = self._take(4), self._integer("I")
         if (magic, version) != (b"GGUF", _VERSION):
             raise ValueError(f"it begins with {magic!r} and version {version}")
         tensor_count, pair_count = self._integer("Q"), self._integer("Q")
-        metadata = {self._string(): self._value(self._integer("I")) for _ in range(pair_count)}
+        metadata = dict(self._pair() for _ in range(pair_count))
         infos = dict(self._tensor_info() for _ in range(tensor_count))
-        alignment = cast(int, metadata.get("general.alignment", _ALIGNMENT))
+        if sum(prod(info.shape) for info in infos.values()) > 8 * self.size:  # no type has less than a bit for a value
+            raise ValueError("its tensors have more values than it has bits")
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
+            raise ValueError(f"general.alignment must be a power of two, got {alignment!r}")
         base = -(-self.file.tell() // alignment) * alignment
         return metadata, {name: TensorInfo(i.shape, i.kind, base + i.offset) for name, i in infos.items()}
 
     def _take(self, size: int) -> bytes:
-        data = self.file.read(size) if size <= self.size else b""
-        if len(data) < size:
+        end = self.file.tell() + size
+        if end > self.size:
             raise ValueError(f"it ends at byte {self.size}, within its header")
-        return data
+        if end > _MOST_HEADER:
+            raise ValueError(f"its header must end by byte {_MOST_HEADER}, got {end}")
+        return self.file.read(size)
 
     def _integer(self, code: str) -> int:
-        number: int = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+        number: int = self._numbers(code, 1)[0]
         return number
+
+    def _numbers(self, code: str, count: int) -> list[Any]:
+        """So many numbers of a type, as Python has them."""
+        return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(f"<{code}"))))
 
     def _string(self) -> str:
         return self._take(self._integer("Q")).decode()
 
-    def _value(self, kind: int) -> object:
-        if kind == _STRING:
-            return self._string()
-        if kind == _ARRAY:
-            element, count = self._integer("I"), self._integer("Q")
-            return [self._value(element) for _ in range(count)]
-        code = _SCALARS[kind]
-        return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+    def _pair(self) -> tuple[str, object]:
+        key, kind = self._string(), self._integer("I")
+        if kind != _ARRAY:
+            self.types[key] = kind
+            return key, self._values(kind, 1)[0]
+        self.types[key], count = self._integer("I"), self._integer("Q")
+        return key, self._values(self.types[key], count)
+
+    def _values(self, kind: int, count: int) -> list[Any]:
+        """So many values of one type; arrays in arrays are read by no runtime."""
+        return [self._string() for _ in range(count)] if kind == _STRING else self._numbers(_code_of(kind), count)
 
     def _tensor_info(self) -> tuple[str, TensorInfo]:
         name = self._string()
-        dimensions = [self._integer("Q") for _ in range(self._integer("I"))]
+        if not 0 < (count := self._integer("I")) <= _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {count}")
+        dimensions = self._numbers("Q", count)
         kind, offset = self._integer("I"), self._integer("Q")
         return name, TensorInfo(tuple(reversed(dimensions)), kind, offset)
+
+
+def _code_of(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"the type of a key must be a text, a number, or an array of one of these, got {kind}")
+    return _SCALARS[kind]

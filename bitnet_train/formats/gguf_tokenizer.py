@@ -19,8 +19,9 @@ from typing import Any
 import tokenizers
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.json_file import write_json
+from bitnet_train.formats.json_file import check, write_json
 from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
+from bitnet_train.formats.schemas import GGUF_TOKENIZER
 from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, Roles, TokenType, unchanged
 
 _PREFIX = "tokenizer."
@@ -65,6 +66,9 @@ class GGUFTokenizer:
     metadata: Mapping[str, Any]
     renewed: Callable[[str, bool], str] = unchanged
 
+    def __post_init__(self) -> None:
+        check(self.metadata, str(self.path), GGUF_TOKENIZER)
+
     @property
     def bos_id(self) -> int | None:
         """The id that begins a text, where there is one."""
@@ -80,13 +84,20 @@ class GGUFTokenizer:
         return {}
 
     def check(self) -> None:
-        """Refuses keys that are missing, of another type, or do not fit each other."""
-        size = next((value for key, value in self.metadata.items() if key.endswith(".vocab_size")), None)
+        """Refuses keys that are missing, or do not fit each other or the model."""
+        _ = self.backend()
+
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, a new one."""
+        text = json.dumps(self.tokenizer_json)
+        try:
+            return tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the only type that tokenizers raises
+            raise UserError(f"{self.path}: tokenizer.ggml.merges: {error}; {_OTHERWISE}") from None
+
+    def _check_keys(self) -> None:
         tokens, types = self._required("tokens"), self._required("token_type")
-        merges = self._required("merges")
-        for name, values, kind in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
-            if not isinstance(values, list) or not all(type(value) is kind for value in values):
-                raise UserError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}; {_OTHERWISE}")
+        size = next((value for key, value in self.metadata.items() if key.endswith(".vocab_size")), len(tokens))
         if not len(tokens) == len(types) == size:
             raise UserError(
                 f"{self.path}: tokenizer.ggml.tokens and token_type must have an entry for each of {size} rows of the "
@@ -96,7 +107,7 @@ class GGUFTokenizer:
             raise UserError(f"{self.path}: tokenizer.ggml.tokens must differ from each other; {_OTHERWISE}")
         for role in ("bos", "eos", "eot", "eom", "padding"):
             id_ = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
-            if id_ is not None and (type(id_) is not int or not 0 <= id_ < len(tokens)):
+            if id_ is not None and not 0 <= id_ < len(tokens):
                 raise UserError(
                     f"{self.path}: tokenizer.ggml.{role}_token_id must be an id below {len(tokens)}, got {id_!r}; "
                     f"{_OTHERWISE}"
@@ -106,12 +117,6 @@ class GGUFTokenizer:
                 f"{self.path}: tokenizer.ggml.add_eos_token must be false, as no text is trained with EOS before an "
                 f"answer, got true; {_OTHERWISE}"
             )
-        try:
-            tokenizers.Tokenizer.from_str(json.dumps(self.tokenizer_json))
-        except UserError:
-            raise
-        except Exception as error:  # the only type that tokenizers raises
-            raise UserError(f"{self.path}: tokenizer.ggml.merges: {error}; {_OTHERWISE}") from None
 
     def unread_keys(self) -> list[str]:
         """Keys of the tokenizer that the files of Hugging Face have no place for."""
@@ -149,6 +154,7 @@ class GGUFTokenizer:
     @cached_property
     def tokenizer_json(self) -> dict[str, Any]:
         """tokenizer.json: a byte-level BPE that puts BOS in front where the file says so."""
+        self._check_keys()
         tokens, pre = self._required("tokens"), self._pre_tokenizer
         typed = [(token, id_, _type_of(token, kind)) for id_, (token, kind) in enumerate(self._typed)]
         added = [entry for entry in typed if entry[2] in (TokenType.CONTROL, TokenType.USER_DEFINED)]

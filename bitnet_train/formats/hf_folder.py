@@ -27,6 +27,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.json_file import read_json
 from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.safetensors_file import WEIGHTS, WEIGHTS_INDEX, StoredTensor, stored_tensors
+from bitnet_train.formats.schemas import Index, ModelFolder
 
 Kind = Literal["master", "packed", "dense", "none"]
 
@@ -56,10 +57,10 @@ def folder_kind(folder: Path) -> Kind:
     path = folder / CONFIG
     if not path.is_file():
         return "none"
-    quantization = read_json(path).get("quantization_config")
+    quantization = read_json(path, ModelFolder).get("quantization_config")
     if quantization is None:
         return "dense"
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
+    if quantization.get("quant_method") != "bitnet":
         raise UserError(f"{path}: quantization_config.quant_method must be 'bitnet', got {quantization}")
     if quantization.get("use_rms_norm"):
         raise UserError(
@@ -67,7 +68,7 @@ def folder_kind(folder: Path) -> Kind:
             "layer, which this decoder lacks"
         )
     mode = quantization.get("quantization_mode", "offline")
-    kind = _KINDS.get((linear_class(quantization), str(mode)))
+    kind = _KINDS.get((linear_class(quantization), mode))
     if kind is None:
         raise UserError(
             f"{path}: quantization_config must be autobitlinear, online or offline, or bitlinear, offline, got "
@@ -78,7 +79,8 @@ def folder_kind(folder: Path) -> Kind:
 
 def linear_class(quantization: Mapping[str, Any]) -> str:
     """linear_class, which decides what weight_scale means: g for autobitlinear, 1 / g for bitlinear."""
-    return str(quantization.get("linear_class", "bitlinear"))
+    name: str = quantization.get("linear_class", "bitlinear")
+    return name
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class HFFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        return read_json(self.path / CONFIG)
+        return read_json(self.path / CONFIG, ModelFolder)
 
     @property
     def inverse_scale(self) -> bool:
@@ -109,12 +111,7 @@ class HFFolder:
         if not (self.path / WEIGHTS_INDEX).is_file():
             self._refuse_pickle()
             raise UserError(f"{self.path}: must hold {WEIGHTS} or {WEIGHTS_INDEX}, found neither; give a model folder")
-        weight_map = read_json(self.path / WEIGHTS_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(
-                f"{self.path / WEIGHTS_INDEX}: weight_map must name the file of each tensor, got "
-                f"{str(weight_map)[:80]}; copy the folder again"
-            )
+        weight_map = read_json(self.path / WEIGHTS_INDEX, Index)["weight_map"]
         shards = {file: self._shard(file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in shards[file]:
@@ -122,8 +119,10 @@ class HFFolder:
         return {name: shards[file][name] for name, file in weight_map.items()}
 
     def _shard(self, name: str) -> dict[str, StoredTensor]:
-        if Path(name).name != name or not (self.path / name).is_file():
-            raise UserError(f"{self.path / WEIGHTS_INDEX}: names {name!r}, which is not in the folder; add the file")
+        if name not in {entry.name for entry in self.path.iterdir() if entry.is_file()}:  # it may be no name at all
+            raise UserError(
+                f"{self.path / WEIGHTS_INDEX}: names {name[:100]!r}, which is not in the folder; add the file"
+            )
         return stored_tensors(self.path / name)
 
     def _refuse_pickle(self) -> None:
@@ -132,6 +131,11 @@ class HFFolder:
                 raise UserError(
                     f"{file}: is a pickle, which can run code when it is read; convert what you trust to {WEIGHTS}"
                 )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""

@@ -73,4 +73,6 @@ def pack_ternary(codes: Tensor) -> Tensor:
 
 def unpack_ternary(packed: Tensor) -> Tensor:
     """Inverse of `pack_ternary`: uint8 `(out / 4, in)` to codes int8 `(out, in)`; ValueError as `four_of_a_byte`."""
+    if packed.dtype != torch.uint8 or packed.ndim != 2:
+        raise ValueError(f"packed codes must be a matrix of U8, got {packed.dtype} of shape {tuple(packed.shape)}")
     return four_of_a_byte(packed.reshape(1, -1)).view(VALUES_PER_BYTE * packed.shape[0], packed.shape[1])

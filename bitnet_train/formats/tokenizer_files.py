@@ -22,6 +22,7 @@ from bitnet_train.formats.hf_folder import GENERATION_CONFIG
 from bitnet_train.formats.json_file import read_json, write_json
 from bitnet_train.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, cuts_of
 from bitnet_train.formats.private_paths import without_paths
+from bitnet_train.formats.schemas import GenerationConfig, TokenizerConfig, TokenizerJson
 from bitnet_train.formats.tokenizer_folder import read_config, templates_of, token_of
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
@@ -89,7 +90,7 @@ class TokenizerFiles:
 
     @cached_property
     def _tokenizer(self) -> dict[str, Any]:
-        return read_json(self.path)
+        return read_json(self.path, TokenizerJson)
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -128,7 +129,7 @@ class TokenizerFiles:
     def stop_ids(self) -> list[int]:
         """Every id at which generation stops: EOS, those of generation_config.json, and LLaMA-3's end of a turn."""
         path = self.folder / GENERATION_CONFIG
-        given = read_json(path).get("eos_token_id") if path.is_file() else None
+        given = read_json(path, GenerationConfig).get("eos_token_id") if path.is_file() else None
         listed = given if isinstance(given, list) else [given]
         more = [id_ for id_ in listed if type(id_) is int and 0 <= id_ < self.config["vocab_size"]]
         turn = [self.ids[END_OF_TURN]] if END_OF_TURN in self.ids else []
@@ -181,7 +182,7 @@ class TokenizerFiles:
                 shutil.copyfile(source, target)
 
     def _write_public(self, source: Path, target: Path) -> None:
-        stored = read_json(source)
+        stored = read_json(source, TokenizerConfig)
         public = without_paths(stored)
         if isinstance(template := public.get("chat_template"), str):
             public["chat_template"] = self._renewed(template)

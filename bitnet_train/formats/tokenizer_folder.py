@@ -10,15 +10,18 @@ from pathlib import Path
 
 from bitnet_train.errors import UserError
 from bitnet_train.formats.json_file import read_json
+from bitnet_train.formats.schemas import GenerationConfig, TokenizerConfig
 
 
 def read_config(folder: Path) -> dict[str, object]:
     """tokenizer_config.json, with what the other files say.
 
     Raises:
-        UserError: a file is no JSON object, or no UTF-8.
+        UserError: a file is no JSON object, no UTF-8, or a field has another type.
     """
-    config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
+    files = (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    roles, config = (_read_object(file, TokenizerConfig) for file in files)
+    config = {**roles, **config}
     config.pop("auto_map", None)  # names code to be run
     templates = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
@@ -47,14 +50,14 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}: cannot be read as UTF-8: {error}; write it anew or remove it") from None
 
 
-def _read_object(file: Path) -> dict[str, object]:
+def _read_object(file: Path, schema: type) -> dict[str, object]:
     """The object in a JSON file, empty where there is no such file."""
-    return read_json(file) if file.is_file() else {}
+    return read_json(file, schema) if file.is_file() else {}
 
 
 def read_stop_ids(folder: Path) -> list[int]:
     """The ids at which generation_config.json says that a generation ends."""
-    given = _read_object(folder / "generation_config.json").get("eos_token_id")
+    given = _read_object(folder / "generation_config.json", GenerationConfig).get("eos_token_id")
     return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int]
 
 

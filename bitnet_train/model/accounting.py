@@ -3,6 +3,7 @@
     lm_head.weight                      left out where the embedding serves as head and is the same matrix
     model.layers.N...rotary_emb.inv_freq    left out: config.json says as much (older transformers stored it)
     any other tensor without a place    refused
+    a size that no tensor has           refused, before a decoder of this size is built
     modules_to_not_convert              refused where transformers would run a matrix as floats that is ternary here
 
 transformers takes a head that differs from the embedding although config.json ties the two, and runs the layers that
@@ -11,6 +12,7 @@ quantization_config.modules_to_not_convert names as they are: to overlook either
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.gguf_bitnet import gguf_name
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.hf_folder import CONFIG, HFFolder
+from bitnet_train.formats.packing import VALUES_PER_BYTE
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.skeleton import skeleton, ternary_names
 
@@ -27,6 +30,28 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"  # a name ends where a module's does
+
+
+def check_sizes(path: Path, config: BitNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses sizes that no tensor has: a number in config.json or a header must not decide how much memory is taken.
+
+    Args:
+        path: the model, for the message.
+        config: what config.json or the keys say.
+        shapes: those of the stored tensors, by the names that transformers has for them; codes may be packed.
+
+    Raises:
+        UserError: vocabulary, width, number of layers or width of the feed-forward block are others in the tensors.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    down = ((hidden, inner), (hidden // VALUES_PER_BYTE, inner))
+    layers = ((f"model.layers.{index}.mlp.down_proj.weight", down) for index in range(config.num_hidden_layers))
+    for name, allowed in chain([(EMBEDDING, ((config.vocab_size, hidden),))], layers):
+        if shapes.get(name) not in allowed:  # the first that is missing ends it, however many there should be
+            raise UserError(
+                f"{path}: tensor {name} must have shape {allowed[0]}, got {shapes.get(name, 'none')}; the weights do "
+                f"not fit {CONFIG}"
+            )
 
 
 def check_places(file: GGUFFile, places: Iterable[str]) -> None:
@@ -102,8 +127,6 @@ def check_modules(path: Path, quantization: Mapping[str, Any] | None, config: Bi
     if given is None:
         return
     field = f"{path}: quantization_config.modules_to_not_convert"
-    if not isinstance(given, list) or not all(isinstance(pattern, str) for pattern in given):
-        raise UserError(f"{field} must be a list of names, got {given!r}; remove it, or write the model again")
     ternary = [name.removesuffix(".weight") for name in ternary_names(skeleton(config))]
     floats = [name for name in ternary if _matches(field, name, given)]
     if floats or not _matches(field, "lm_head", given):

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, within
+from bitnet_train.formats.json_file import check
+from bitnet_train.formats.schemas import Config
 from bitnet_train.model.rope import RopeScaling
 
 HIDDEN_ACTS = ("relu2", "silu")
@@ -108,44 +110,41 @@ class BitNetConfig:
         return config
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "BitNetConfig":
+    def from_json(cls, config: Mapping[str, Any], where: object = "config.json") -> "BitNetConfig":
         """Reads a config.json: ours, the released ones and transformers 5's own (rope_parameters).
 
+        Args:
+            config: its content.
+            where: the file, for messages.
+
         Raises:
-            UserError: the model is no BitNet, or it has a feature that this decoder lacks.
+            UserError: the model is no BitNet, it has a feature that this decoder lacks, or a field is of another type.
         """
-        if config.get("model_type") != "bitnet":
-            raise UserError(f"config.json: model_type must be 'bitnet', got {config.get('model_type')!r}")
-        _check_function(config)
-        known = {field.name for field in fields(cls)} - {"quantize", "rope_scaling"}
-        values = {name: value for name, value in config.items() if name in known and value is not None}
-        # What transformers takes where config.json is silent
-        values.setdefault("num_key_value_heads", config.get("num_attention_heads", cls.num_attention_heads))
-        values.setdefault("tie_word_embeddings", False)
-        values.setdefault("max_position_embeddings", 2048)
-        trained = config.get("original_max_position_embeddings") or values["max_position_embeddings"]
-        values |= rope_fields(config, trained)
-        for name, value in values.items():
-            _check_type(name, value)
-        return cls(**values, quantize=config.get("quantization_config") is not None)
+        with within(where):
+            if config.get("model_type") != "bitnet":
+                raise UserError(f"model_type must be 'bitnet', got {config.get('model_type')!r}")
+        check(config, str(where), Config)
+        with within(where):
+            _check_function(config)
+            return cls(**_values(config), quantize=config.get("quantization_config") is not None)
 
 
-_TYPES = {"hidden_act": str, "tie_word_embeddings": bool, "attention_bias": bool}
-_FLOATS = ("initializer_range", "rms_norm_eps", "rope_theta", "attention_dropout")
-
-
-def _check_type(name: str, value: object) -> None:
-    if name == "rope_scaling":
-        return
-    allowed = (int, float) if name in _FLOATS else (_TYPES.get(name, int),)
-    if type(value) not in allowed:
-        raise UserError(f"config.json: {name} must be of type {allowed[-1].__name__}, got {value!r}; mend the file")
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `BitNetConfig` that a config.json sets."""
+    known = {field.name for field in fields(BitNetConfig)} - {"quantize", "rope_scaling"}
+    values = {name: value for name, value in config.items() if name in known and value is not None}
+    # What transformers takes where config.json is silent
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads", BitNetConfig.num_attention_heads))
+    values.setdefault("tie_word_embeddings", False)
+    values.setdefault("max_position_embeddings", 2048)
+    trained = config.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    return values | rope_fields(config, trained)
 
 
 def _check_function(config: Mapping[str, Any]) -> None:
     """Refuses fields by which transformers computes another function."""
     size, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    width = size // heads if type(size) is int and type(heads) is int and heads > 0 else None
+    width = size // heads if size and heads else None
     wanted = {
         "head_dim": (None, width),
         "is_causal": (None, True),
@@ -153,9 +152,9 @@ def _check_function(config: Mapping[str, Any]) -> None:
     }
     for name, values in wanted.items():
         if config.get(name) not in values:
-            raise UserError(f"config.json: {name} must be {values[-1]} in a BitNet, got {config[name]!r}")
+            raise UserError(f"{name} must be {values[-1]} in a BitNet, got {config[name]!r}")
     if {*(config.get("layer_types") or ())} - {"full_attention"}:
-        raise UserError(f"config.json: layer_types must be full_attention in a BitNet, got {config['layer_types']}")
+        raise UserError(f"layer_types must be full_attention in a BitNet, got {config['layer_types']}")
 
 
 def rope_fields(config: Mapping[str, Any], trained: int) -> dict[str, Any]:
@@ -183,9 +182,11 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], trained: int) -> RopeScali
     values = {name: value for name, value in rope.items() if (name, value) != ("partial_rotary_factor", 1.0)}
     if unknown := values.keys() - known:
         raise UserError(
-            f"config.json: rope_scaling.{min(unknown)} is no field that this decoder knows, "
+            f"rope_scaling.{min(unknown)} is no field that this decoder knows, "
             f"got rope_type {rope_type!r} with {dict(rope)}"
         )
+    if values.get("factor") is None:
+        raise UserError(f"rope_scaling.factor must be set for rope_type {rope_type!r}, got none")
     if rope_type != "linear" and values.get("original_max_position_embeddings") is None:
         values["original_max_position_embeddings"] = trained
     return RopeScaling(rope_type, **values)

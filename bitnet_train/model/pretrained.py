@@ -14,12 +14,20 @@ from bitnet_train.formats.hf_folder import CONFIG, GENERATION_CONFIG, HFFolder, 
 from bitnet_train.formats.json_file import write_json
 from bitnet_train.formats.recognise import what_it_is
 from bitnet_train.formats.safetensors_file import LazyTensors, write_weights
-from bitnet_train.model.accounting import check_modules, check_places, left_out
+from bitnet_train.model.accounting import check_modules, check_places, check_sizes, left_out
 from bitnet_train.model.bitlinear import BitLinear, TernaryLinear, freeze
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.skeleton import skeleton, tensor_shapes, ternary_names, uninitialized
-from bitnet_train.model.weights import FolderWeights, GGUFWeights, Weights, check_finite, gguf_config, whole
+from bitnet_train.model.weights import (
+    FolderWeights,
+    GGUFWeights,
+    Weights,
+    check_finite,
+    gguf_config,
+    gguf_shapes,
+    whole,
+)
 
 
 class SpecialIds(NamedTuple):
@@ -103,7 +111,8 @@ def load_for_inference(source: Path) -> BitNetForCausalLM:
     """
     if source.is_file():
         file = GGUFFile(source)
-        config = BitNetConfig.from_json(gguf_config(file))
+        config = BitNetConfig.from_json(gguf_config(file), source)
+        check_sizes(source, config, gguf_shapes(file))
         check_places(file, tensor_shapes(skeleton(config)))
         return load_weights(config, GGUFWeights(file))
     if folder_kind(source) == "packed":
@@ -118,7 +127,8 @@ def load_for_inference(source: Path) -> BitNetForCausalLM:
 
 
 def _config(folder: HFFolder) -> BitNetConfig:
-    config = BitNetConfig.from_json(folder.config)
+    config = BitNetConfig.from_json(folder.config, folder.path / CONFIG)
+    check_sizes(folder.path, config, folder.shapes)
     check_modules(folder.path / CONFIG, folder.config.get("quantization_config"), config)
     return config
 

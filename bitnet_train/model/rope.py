@@ -35,6 +35,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")  # of yarn
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # turns; YaRN, section 3.2
+_LEAST_TURNS = 1e-6
 _NO_WIDTH = 0.001  # transformers' width of a ramp whose ends meet
 
 
@@ -82,6 +83,11 @@ class RopeScaling:
             raise UserError(f"rope_scaling.low_freq_factor must lie between 0 and high_freq_factor ({high}), got {low}")
         if not self._fast > self._slow > 0.0:
             raise UserError(f"rope_scaling.beta_fast must be above beta_slow ({self._slow}), got {self._fast}")
+        if not self._slow > _LEAST_TURNS:
+            raise UserError(f"rope_scaling.beta_slow must be above {_LEAST_TURNS}, got {self._slow}")
+        for name in ("mscale", "mscale_all_dim"):
+            if (getattr(self, name) or 0.0) < 0.0:
+                raise UserError(f"rope_scaling.{name} must not be negative, got {getattr(self, name)}")
 
     def _check_fields(self) -> None:
         required = _REQUIRED[self.rope_type]

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, within
 from bitnet_train.formats.hf_folder import CONFIG, HFFolder
-from bitnet_train.model.accounting import check_modules, left_out
+from bitnet_train.formats.json_file import check
+from bitnet_train.formats.schemas import Config
+from bitnet_train.model.accounting import check_modules, check_sizes, left_out
 from bitnet_train.model.config import BitNetConfig, rope_fields
 from bitnet_train.model.decoder import BitNetForCausalLM
 from bitnet_train.model.pretrained import copy_tensor, master_folder
@@ -87,24 +89,24 @@ def starting_config(folder: Path) -> BitNetConfig:
     Raises:
         UserError: it is no model that a BitNet can start from.
     """
-    config = master_folder(folder).config
+    config, where = master_folder(folder).config, folder / CONFIG
     if config.get("model_type") not in _TYPES:
         raise UserError(
-            f"{folder / CONFIG}: model_type must be one of {', '.join(_TYPES)} to start from, got "
-            f"{config.get('model_type')!r}, which has layers that a BitNet lacks; start from another model"
+            f"{where}: model_type must be one of {', '.join(_TYPES)} to start from, got {config.get('model_type')!r}, "
+            "which has layers that a BitNet lacks; start from another model"
         )
-    try:
-        dense = config.get("model_type") in DENSE_TYPES
-        return _from_dense(folder, config) if dense else BitNetConfig.from_json(config)
-    except TypeError as error:
-        raise UserError(f"{folder / CONFIG}: a field has the wrong type ({error}); write it again") from None
+    if config["model_type"] not in DENSE_TYPES:
+        return BitNetConfig.from_json(config, where)
+    check(config, str(where), Config)
+    with within(where):
+        return _from_dense(config)
 
 
-def _from_dense(folder: Path, config: Mapping[str, Any]) -> BitNetConfig:
-    missing = [name for name in _REQUIRED if config.get(name) is None]
+def _from_dense(config: Mapping[str, Any]) -> BitNetConfig:
+    missing = [name for name in _REQUIRED if not config.get(name)]
     if missing:
-        raise UserError(f"{folder / CONFIG}: {missing[0]} must be set; write the model again with transformers")
-    _check_representable(folder, config)
+        raise UserError(f"{missing[0]} must be set; write the model again with transformers")
+    _check_representable(config)
     given = {name: value for name, value in config.items() if name in (*_REQUIRED, *_DEFAULTS) and value is not None}
     values = {**_DEFAULTS, **given, **rope_fields(config, config["max_position_embeddings"])}
     values["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -112,15 +114,15 @@ def _from_dense(folder: Path, config: Mapping[str, Any]) -> BitNetConfig:
     return BitNetConfig(**values)
 
 
-def _check_representable(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_representable(config: Mapping[str, Any]) -> None:
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     if config.get("head_dim") not in (None, head_dim):
         raise UserError(
-            f"{folder / CONFIG}: head_dim must be hidden_size / num_attention_heads ({head_dim}) in a BitNet, got "
-            f"{config['head_dim']}; start from another model"
+            f"head_dim must be hidden_size / num_attention_heads ({head_dim}) in a BitNet, got {config['head_dim']}; "
+            "start from another model"
         )
     if config.get("mlp_bias"):
-        raise UserError(f"{folder / CONFIG}: mlp_bias must be false in a BitNet, got true; start from another model")
+        raise UserError("mlp_bias must be false in a BitNet, got true; start from another model")
 
 
 def _check_sizes(folder: Path, config: BitNetConfig) -> None:
@@ -160,6 +162,7 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
     model_type = source.config.get("model_type")
     if model_type in DENSE_TYPES:
         _check_window(folder, source.config, config)
+    check_sizes(folder, config, source.shapes)
     model = BitNetForCausalLM(config)
     parameters = dict(model.named_parameters())
     initialised = [name for name in parameters if name not in source.tensors and _may_be_new(name, model_type)]

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import UserError
-from bitnet_train.formats.gguf_bitnet import config_json, gguf_name
+from bitnet_train.formats.gguf_bitnet import config_json, gguf_name, transformers_name
 from bitnet_train.formats.gguf_blocks import FLOAT_TYPES, unpack_float
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_ternary import TERNARY_TYPES, unpack_ternary_blocks
 from bitnet_train.formats.hf_folder import HFFolder, Kind, quantization_config
+from bitnet_train.formats.json_file import check
 from bitnet_train.formats.packing import unpack_ternary
 from bitnet_train.formats.parts import row_slices
 from bitnet_train.formats.scale import all_zero
+from bitnet_train.formats.schemas import GGUF_MODEL
 from bitnet_train.quant import WEIGHT_EPS, TernaryWeight, quantize_weight
 
 _NO_CODE = 2  # stands for a stored value that is neither 0 nor plus or minus the scale
@@ -149,13 +151,19 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     """config.json of the model in a GGUF file.
 
     Raises:
-        UserError: it holds another architecture, or lacks a key.
+        UserError: it holds another architecture, lacks a key, or has one of another type.
     """
+    check(file.metadata, str(file.path), GGUF_MODEL)
     try:
         config = config_json(file.metadata, tied=gguf_name("lm_head.weight") not in file.tensors)
     except ValueError as error:
         raise UserError(f"{file.path}: {error}; export the model again") from None
     return {**config, "quantization_config": quantization_config("autobitlinear", "offline")}
+
+
+def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a GGUF file, by the names that transformers has for them."""
+    return {transformers_name(stored): info.shape for stored, info in file.tensors.items()}
 
 
 def _checked(path: Path, name: str, weight: TernaryWeight, stored: Tensor) -> TernaryWeight:

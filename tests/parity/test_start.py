@@ -175,7 +175,7 @@ def test_masters_of_a_bitnet_start_as_they_are(tmp_path: Path) -> None:
     [
         ("llama", {"head_dim": 32}, "head_dim must be hidden_size / num_attention_heads (16) in a BitNet, got 32"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be false"),
-        ("llama", {"rms_norm_eps": "small"}, "config.json: a field has the wrong type"),
+        ("llama", {"rms_norm_eps": "small"}, "config.json: rms_norm_eps: must be a number or null, got a string"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of relu2, silu, got 'gelu'"),
         ("mistral", {"sliding_window": 100}, "sliding_window of 100"),
         ("llama-3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),

@@ -60,6 +60,10 @@ def test_best_fit_by_hand() -> None:
     assert best_fit(np.array([7, 6, 3]), 10).tolist() == [0, 1, 0]  # the room of 3, not that of 4
 
 
+def test_a_bin_larger_than_memory_takes_everything() -> None:
+    assert best_fit(np.array([3, 1, 2]), 10**15).tolist() == [0, 0, 0]
+
+
 def test_positions_restart_with_every_document() -> None:
     assert positions_of(np.array([0, 0, 0, 1, 1, 2])).tolist() == [0, 1, 2, 0, 1, 0]
 

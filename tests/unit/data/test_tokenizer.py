@@ -195,7 +195,7 @@ def test_where_a_chat_template_comes_from(tokenizer: Tokenizer, folder: Path) ->
     [
         ("tokenizer.json", None, "no tokenizer.json"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: must be JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object, got list"),
         ("tokenizer_config.json", '{"bos_token": "<s>"}', "bos_token '<s>' is no token of tokenizer.json"),
     ],

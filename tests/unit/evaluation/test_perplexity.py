@@ -1,6 +1,7 @@
 """Likelihood against a count by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_of_conversations_the_answers_count(tmp_path: Path) -> None:
     answers = [str(row["messages"][1]["content"]) for row in rows]  # type: ignore[index]
     assert found["tokens"] == sum(len(tokenizer.encode(answer)) + 1 for answer in answers)
     assert found["bytes"] == sum(map(len, answers))
+
+
+@pytest.mark.parametrize("context", [1 << 17, 10**15])
+def test_a_context_beyond_memory_is_but_a_number(tmp_path: Path, context: int) -> None:
+    config = replace(TINY, max_position_embeddings=context)
+    for rows in (text_rows(2), chat_rows(2)):
+        file = write_jsonl(tmp_path / "rows.jsonl", rows)
+        assert evaluate(BitNetForCausalLM(config), tiny_tokenizer(), str(file))["tokens"] > 0
 
 
 def test_a_context_that_the_model_lacks(tmp_path: Path) -> None:

@@ -48,12 +48,35 @@ KEYS: dict[str, tuple[Edit, str]] = {
     "fewer tokens than rows": (lambda m: m["tokenizer.ggml.tokens"].pop(), "an entry for each of 304 rows"),
     "fewer types than tokens": (lambda m: m["tokenizer.ggml.token_type"].pop(), "an entry for each of 304 rows"),
     "one token twice": (lambda m: m["tokenizer.ggml.tokens"].__setitem__(3, "a"), "must differ from each other"),
-    "types of text": (put("tokenizer.ggml.token_type", ["1"] * 304), "token_type must be a list of int"),
+    "types of text": (
+        put("tokenizer.ggml.token_type", ["1"] * 304),
+        r"tokenizer.ggml.token_type\[0\]: must be an integer, got a string",
+    ),
     "BOS beyond the tokens": (
         put("tokenizer.ggml.bos_token_id", 5000),
         "bos_token_id must be an id below 304, got 5000",
     ),
-    "EOS as text": (put("tokenizer.ggml.eos_token_id", "5"), "eos_token_id must be an id below 304, got '5'"),
+    "EOS as text": (put("tokenizer.ggml.eos_token_id", "5"), "eos_token_id: must be an integer, got a string"),
+    "BOS before the tokens": (put("tokenizer.ggml.bos_token_id", -1), "bos_token_id must be an id below 304, got -1"),
+    "layers as text": (put("bitnet-b1.58.block_count", "2"), "block_count: must be an integer, got a string"),
+    "layers with a fraction": (put("bitnet-b1.58.block_count", 2.0), "block_count: must be an integer, got a number"),
+    "a billion layers": (
+        put("bitnet-b1.58.block_count", 10**9),
+        "tensor model.layers.2.mlp.down_proj.weight must have",
+    ),
+    "rows without tensors": (put("bitnet-b1.58.vocab_size", 10**12), "tensor model.embed_tokens.weight must"),
+    "a linear scaling without a factor": (
+        lambda m: m.update({"bitnet-b1.58.rope.scaling.type": "linear"}),
+        "rope_scaling.factor must be set for rope_type 'linear'",
+    ),
+    "positions beyond float32": (
+        put("bitnet-b1.58.rope.freq_base", float("inf")),
+        "rope.freq_base: must be a number <=",
+    ),
+    "a template that is a number": (
+        put("tokenizer.chat_template", 5),
+        "chat_template: must be a string, got an integer",
+    ),
     "merges of nothing": (put("tokenizer.ggml.merges", ["zz qq"]), "tokenizer.ggml.merges: "),
     "merges of three": (put("tokenizer.ggml.merges", ["a b c"]), "tokenizer.ggml.merges: "),
     "other cuts": (put("tokenizer.ggml.pre", "tekken"), "tokenizer.ggml.pre must be one of"),
@@ -134,13 +157,19 @@ FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "both ways": ({"is_causal": False}, "is_causal must be True in a BitNet, got False"),
     "a part of the positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
     "windows": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be full_attention"),
-    "a size with a fraction": ({"vocab_size": 304.0}, "vocab_size must be of type int, got 304.0"),
-    "a truth value as text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be of type bool"),
-    "an id as text": ({"eos_token_id": "292"}, "eos_token_id must be an id below vocab_size"),
-    "an id as truth value": ({"bos_token_id": True}, "bos_token_id must be an id below vocab_size"),
+    "a size with a fraction": (
+        {"vocab_size": 304.0},
+        "vocab_size: must be an integer or null, got a number; mend the file",
+    ),
+    "a truth value as text": (
+        {"tie_word_embeddings": "false"},
+        "tie_word_embeddings: must be true or false or null, got a string",
+    ),
+    "an id as text": ({"eos_token_id": "292"}, "eos_token_id: must be an integer or a list or null, got a string"),
+    "an id as truth value": ({"bos_token_id": True}, "bos_token_id: must be an integer or a list or null, got true or"),
     "a mode that is none": (
         {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": {}}},
-        "quantization_config must be autobitlinear, online or offline",
+        "quantization_config.quantization_mode: must be a string, got an object",
     ),
 }
 
@@ -170,10 +199,20 @@ def test_the_length_that_positions_were_trained_with_may_stand_beside_the_scalin
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer_config.json", '{"eos_token": {"lstrip": false}}', None),
-        ("tokenizer_config.json", '{"eos_token": ["x"], "chat_template": ["x", {"template": 1}]}', None),
-        ("tokenizer_config.json", "[" * 100_000, "not JSON"),
-        ("config.json", "[" * 100_000, "must be JSON"),
+        ("tokenizer_config.json", '{"eos_token": {"lstrip": false}}', "eos_token: Object missing required field"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": ["x"]}',
+            "eos_token: must be a string or an object or null, got a list",
+        ),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "no text may hold half of a surrogate pair"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', r"chat_template\[0\]: must be an object, got a string"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: must be a string or a list or null"),
+        ("special_tokens_map.json", '{"pad_token": 1}', "special_tokens_map.json: pad_token: must be a string"),
+        ("tokenizer_config.json", "[" * 100_000, "is nested more than 100 levels deep"),
+        ("tokenizer.json", '{"model": []}', "tokenizer.json: model: must be an object, got a list"),
+        ("generation_config.json", '{"eos_token_id": [1.5]}', r"eos_token_id\[0\]: must be an integer, got a number"),
+        ("config.json", "[" * 100_000, "is nested more than 100 levels deep"),
         ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: cannot be read as UTF-8"),
         ("README.md", b"\xff\xfe", "README.md: must be UTF-8"),
         ("generation_config.json", '{"x": "\\ud800"}', None),
@@ -197,7 +236,17 @@ def test_an_index_of_another_shape_is_refused(tmp_path: Path, weight_map: object
     write_master(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match="weight_map must name the file of each tensor"):
+    with pytest.raises(UserError, match=r"index\.json: weight_map.*: must be .*; mend the file"):
+        open_source(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["a" * 10_000, "\0", "../config.json", ".", "", "x/model.safetensors", "\x1b[2J"])
+def test_an_index_that_names_no_file_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    write_master(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "x.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json: names .*, which is not in the folder"):
         open_source(tmp_path / "model")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, config_json, gguf_name, model_metadata
+from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, config_json, gguf_name, model_metadata, transformers_name
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.decoder import BitNetForCausalLM
 
@@ -32,6 +32,24 @@ def test_names() -> None:
     assert gguf_name("model.layers.3.self_attn.attn_sub_norm.weight") == "blk.3.attn_sub_norm.weight"
     assert gguf_name("model.layers.3.mlp.ffn_sub_norm.weight") == "blk.3.ffn_sub_norm.weight"
     assert gguf_name("model.layers.3.mlp.down_proj.weight") == "blk.3.ffn_down.weight"
+
+
+@pytest.mark.parametrize("name", ["model.layers.12.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_names_come_back(name: str) -> None:
+    assert transformers_name(gguf_name(name)) == name
+
+
+@pytest.mark.parametrize(
+    "stored", ["blk.0.attn_k", "blk.01.attn_k.weight", "rope_freqs.weight", "blk.0.output.weight", ""]
+)
+def test_a_name_that_none_becomes_stays(stored: str) -> None:
+    assert transformers_name(stored) == stored
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "vocab_size"])
+def test_a_number_beyond_its_key_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be at most 4294967295 for GGUF, got 10000000000"):
+        model_metadata("m", {**asdict(BitNetConfig()), field: 10**15}, 0)
 
 
 def test_keys_of_the_2b_model() -> None:

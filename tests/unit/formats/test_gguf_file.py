@@ -1,6 +1,7 @@
 """GGUF: our reader against literal bytes and the gguf library's writer, our writer against the library's reader."""
 
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def test_a_type_that_is_not_written_here_is_refused(tmp_path: Path) -> None:
     [
         *(0, 2**32 - 1, 2**32, 2**64 - 1, -1, -(2**31), -(2**31) - 1),
         *([1, -1], [2**31, 1], [-1, 2**40], [2**63]),
-        *([0.5, -1.0], [True, False], ["a", ""]),
+        *([0.5, -1.0], [True, False], ["a", ""], 1e300, [1e300, 0.5], float("inf")),
     ],
 )
 def test_numbers_get_a_type_that_holds_them(tmp_path: Path, value: object) -> None:
@@ -215,6 +216,71 @@ def test_what_no_type_holds_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(UserError, match=r"file\.gguf: key: "):
         write_gguf(tmp_path / "file.gguf", "arch", {"key": value}, {})
     assert os.listdir(tmp_path) == []
+
+
+def test_keys_that_are_copied_keep_their_types(tmp_path: Path) -> None:
+    types = {"a": 0, "b": 10, "c": 11, "d": 12, "e": 4, "f": 1, "g": 6}
+    keys = {"a": 5, "b": 5, "c": [-5, 6], "d": [0.1], "e": [1, 2], "f": -3, "g": [0.5]}
+    write_gguf(tmp_path / "file.gguf", "arch", keys, {}, types=types)
+    file = GGUFFile(tmp_path / "file.gguf")
+    assert {key: file.metadata[key] for key in keys} == keys
+    assert {key: file.types[key] for key in keys} == types
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return string(key) + struct.pack("<I", kind) + value
+
+
+def info(*dimensions: int, kind: int = 0, offset: int = 0) -> bytes:
+    return string("w") + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, kind, offset)
+
+
+NESTED = struct.pack("<IQ", 9, 1) * 100_000
+
+
+@pytest.mark.parametrize(
+    ("pairs", "infos", "problem"),
+    [
+        (pair("general.alignment", 4, struct.pack("<I", 0)), info(8), "alignment must be a power of two, got 0"),
+        (pair("general.alignment", 4, struct.pack("<I", 24)), info(8), "alignment must be a power of two, got 24"),
+        (pair("general.alignment", 5, struct.pack("<i", -32)), info(8), "alignment must be a power of two, got -32"),
+        (pair("general.alignment", 8, string("32")), info(8), "alignment must be a power of two, got '32'"),
+        (pair("general.alignment", 6, struct.pack("<f", 32)), info(8), "alignment must be a power of two, got 32.0"),
+        (pair("a", 9, NESTED), info(8), "an array of one of these, got 9"),
+        (pair("a", 9, struct.pack("<IQIQB", 9, 1, 0, 1, 7)), info(8), "an array of one of these, got 9"),
+        (pair("a", 99, bytes(8)), info(8), "an array of one of these, got 99"),
+        (pair("a", 9, struct.pack("<IQ", 0, 2**60)), info(8), "within its header"),
+        (pair("a", 9, struct.pack("<IQ", 8, 2**60)), info(8), "within its header"),
+        (pair("a", 8, struct.pack("<Q", 2**63)), info(8), "within its header"),
+        (pair("a", 8, struct.pack("<Q2s", 2, b"\xff\xfe")), info(8), "can't decode byte 0xff"),
+        (pair("a", 0, b"\1"), info(), "tensor w must have 1 to 4 dimensions, got 0"),
+        (pair("a", 0, b"\1"), info(*[1] * 5), "tensor w must have 1 to 4 dimensions, got 5"),
+        (pair("a", 0, b"\1"), info(2**63, 2**63), "more values than it has bits"),
+        (pair("a", 0, b"\1"), info(10**9, 3), "more values than it has bits"),
+    ],
+)
+def test_a_header_that_no_file_can_have(tmp_path: Path, pairs: bytes, infos: bytes, problem: str) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    (tmp_path / "file").write_bytes(header + pairs + infos + bytes(100))
+    with pytest.raises(UserError, match=f"file: must be a whole GGUF file of version 3: .*{re.escape(problem)}"):
+        GGUFFile(tmp_path / "file")
+
+
+@pytest.mark.parametrize("counts", [(2**63, 1), (1, 2**63)])
+def test_more_tensors_or_keys_than_there_are(tmp_path: Path, counts: tuple[int, int]) -> None:
+    (tmp_path / "file").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + pair("a", 0, b"\1") + info(8))
+    with pytest.raises(UserError, match="within its header"):
+        GGUFFile(tmp_path / "file")
+
+
+def test_a_header_has_an_end(tmp_path: Path) -> None:
+    """A list of Python's takes eight times the memory of the bytes that it was read from."""
+    size = 70_000_000
+    with (tmp_path / "file").open("wb") as file:  # with a hole: it takes no room on the disk
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + pair("a", 9, struct.pack("<IQ", 0, size)))
+        file.truncate(2 * size)
+    with pytest.raises(UserError, match="its header must end by byte 67108864"):
+        GGUFFile(tmp_path / "file")
 
 
 def test_a_file_that_is_found_wrong_does_not_get_its_name(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_layout_that_stores_the_inverse_scale_is_what_transformers_takes_by_
         ({"quant_method": "gptq"}, "quant_method must be 'bitnet', got"),
         ({"quant_method": "bitnet", "quantization_mode": "online"}, "got bitlinear, online"),
         ({"quant_method": "bitnet", "linear_class": "other"}, "got other, offline"),
-        ({"quant_method": "bitnet", "use_rms_norm": "yes"}, "use_rms_norm must be false"),
+        ({"quant_method": "bitnet", "use_rms_norm": True}, "use_rms_norm must be false"),
     ],
 )
 def test_other_quantisations_are_refused(tmp_path: Path, quantization: dict[str, str], message: str) -> None:

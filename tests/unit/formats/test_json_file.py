@@ -46,6 +46,12 @@ def test_what_has_another_type_is_named(text: str, problem: str) -> None:
     assert problem in str(error.value)
 
 
+def test_half_a_surrogate_pair_is_no_text_where_it_is_read() -> None:
+    assert parsed_json('{"other": "\\ud800"}', "f.json", _Schema)
+    with pytest.raises(UserError, match=r"f.json: no text may hold half of a surrogate pair, got '\\ud800'"):
+        parsed_json('{"names": [{"a": "x\\ud800"}]}', "f.json", _Schema)
+
+
 @pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 900, 100_000])
 def test_deep_nesting_is_refused(levels: int) -> None:
     for brackets in ("[]", "{}"):

@@ -30,7 +30,7 @@ from bitnet_train.kernels.processor import HAS_BFLOAT16
 from bitnet_train.options import integer
 
 SPINNING = "300000"
-_WARM_UP = 3  # steps
+_WARM_UP, _RATE = 3, "train/tokens_per_second"  # steps left out, the metric
 _BUSY = "while True: pass"
 
 
@@ -60,7 +60,7 @@ def rate(way: str, ranks: int, steps: int) -> float:
         command = [sys.executable, "-m", "bitnet_train", *" ".join(words).split()]
         subprocess.run(command, env=variables, check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    logged = [event["tokens_per_second"] for event in map(json.loads, lines) if "tokens_per_second" in event]
+    logged = [event[_RATE] for event in map(json.loads, lines) if _RATE in event]
     return float(statistics.median(logged[_WARM_UP:]))
 
 

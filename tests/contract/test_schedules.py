@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from bitnet_train import config as configuration
@@ -44,7 +43,7 @@ def test_what_the_command_line_says_stands_above_the_recipe() -> None:
 
 
 def test_a_number_that_the_shape_has_not_is_refused_on_the_command_line() -> None:
-    with pytest.raises(ConfigCompositionException, match="end_lr"):
+    with pytest.raises(UserError, match=r"unknown key schedule\.end_lr"):
         schedule("+recipe=sft", "schedule=constant", "schedule.end_lr=1e-5")
 
 

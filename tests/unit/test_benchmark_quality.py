@@ -23,8 +23,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         run = Path(options["run_dir"])
         (run / "model").mkdir(parents=True)
         names = ("val/logps/accuracies", "val/rewards/accuracies", "train/rewards/accuracies")
-        events = [dict.fromkeys(names, value) | {"val/loss": 9.0} for value in (0.5, 0.75)]
-        events.append({"val/loss": int(options["seed"]) + ("model.quantize=false" in words)})
+        events = [{"step": step, **dict.fromkeys(names, step / 4), "val/loss": 9.0} for step in (2, 3)]
+        events.append({"step": 3, "val/loss": int(options["seed"]) + ("model.quantize=false" in words)})
         (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
     monkeypatch.setitem(functions["run_dir"].__globals__, "train", train)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.data.tokenizer import Tokenizer
+from bitnet_train.errors import printable
 from bitnet_train.generate import ChatSession, Sampling, complete
 from bitnet_train.generate.cli import main
 from bitnet_train.generate.terminal import GREETING, PROMPT, chat
@@ -196,7 +197,7 @@ def test_a_chat_in_a_terminal_ends_with_ctrl_c(model: Path, expected: Callable[.
     assert GREETING in read_until(terminal, PROMPT)
     os.write(terminal, b"small cat\n")
     seen = read_until(terminal, f"\n{PROMPT}").replace("\r\n", "\n")
-    assert seen.endswith(f"small cat\n{expected('small cat', True)}\n{PROMPT}")
+    assert seen.endswith(f"small cat\n{printable(expected('small cat', True))}\n{PROMPT}")
     os.write(terminal, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     os.close(terminal)

@@ -109,6 +109,6 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, error: str, monkeypat
 
     monkeypatch.setattr(wandb, "init", refuse)
     loggers: list[Logger] = make_loggers(wandb_config(tmp_path), tmp_path, False)
-    with pytest.raises(UserError, match=r"No API key configured\..* `wandb login`, .*WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"No API key configured; .* `wandb login`, .*WANDB_MODE=offline"):
         begin_wandb(loggers, tmp_path)
     assert not (tmp_path / "wandb-id.txt").exists()

@@ -7,7 +7,7 @@
     python tools/prepare_quickstart.py && python tools/benchmark_waiting.py [--busy 0 1 2] [--ranks 1] [--rounds 3]
 
 A run is the command itself in a process of its own; its rate is the median over log events of a step, the first ones
-left out. The ways take turns within a round, the ratio to `spinning` is taken round by round.
+left out. Every round begins with another way, the ratio to `spinning` is taken round by round.
 """
 
 import argparse
@@ -68,8 +68,9 @@ def measure(ways: Sequence[str], others: int, arguments: argparse.Namespace) -> 
     """The rates of every way beside so many busy processes, a value for each round."""
     rates: dict[str, list[float]] = {way: [] for way in ways}
     with busy(others):
-        for _ in range(arguments.rounds):
-            for way in ways:
+        for number in range(arguments.rounds):
+            turned = number % len(ways)
+            for way in (*ways[turned:], *ways[:turned]):
                 rates[way].append(rate(way, arguments.ranks, arguments.steps))
     return rates
 

@@ -24,7 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PAIR, _ONE = rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}", rb"\\u[0-9a-fA-F]{4}"
 _ESCAPE = re.compile(rb"%b|%b|\\[^u]" % (_PAIR, _ONE), re.DOTALL)  # each is one character
 _UNITS = re.compile(rb'(?:[^\\"]++|%b|%b|\\[^u])*+' % (_PAIR, _ONE), re.DOTALL)
-_HALF_A_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+_HALF_A_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 _LONGEST_ESCAPE = 12  # bytes
 _TEXT_BEGINS = re.compile(rb'"text"\s*:\s*"')
 _TRIES = 64  # of places that a pattern finds
@@ -181,15 +181,14 @@ def text_begins(line: bytes) -> int | None:
     return None
 
 
-def line_at(read: ReadAt, begin: int) -> bytes:
-    """The rest of a line, with its end."""
-    line = b""
-    while data := read(begin + len(line)):
+def line_at(read: ReadAt, begin: int) -> Iterator[bytes]:
+    """The rest of a line piece by piece, with its end."""
+    while data := read(begin):
         rest, end, _ = data.partition(b"\n")
-        line += rest + end
+        yield rest + end
         if end:
-            break
-    return line
+            return
+        begin += len(data)
 
 
 def decoded(data: bytes, begin: int = 0) -> str:
@@ -218,7 +217,7 @@ def _units(data: bytes) -> int:
     end = found.end()
     if data[end : end + 1] == b'"':
         return end
-    if _HALF_A_PAIR.search(data, max(end - 6, 0), end):
+    if _HALF_A_PAIR.search(data[:end]):
         return end - 6
     return end - _unfinished(data[max(end - 4, 0) : end])
 

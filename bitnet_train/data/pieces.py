@@ -85,12 +85,11 @@ class PieceEncoder:
 
     def _quoted_name(self, name: str) -> list[int]:
         """Ids of a name that is text, within a text."""
-        ids = _encoded(self.continuing, name)
+        backend = self._backend if self._without_prefix is None else self._without_prefix
+        ids = _encoded(backend, name)
         if self._control_ids.isdisjoint(ids):
             return ids
-        return [
-            id for letter in name for id in _encoded(self.continuing, letter)
-        ]  # the vocabulary has the name as a word, too
+        return [id for letter in name for id in _encoded(backend, letter)]  # the vocabulary has the name as a word, too
 
     def _ids(self, text: str) -> list[int]:
         """Ids of a text in which names of special tokens are tokens."""
@@ -99,11 +98,6 @@ class PieceEncoder:
             return _encoded(self._backend, text)
         finally:
             self._backend.encode_special_tokens = True
-
-    @property
-    def continuing(self) -> tokenizers.Tokenizer:
-        """The tokenizer for a text that follows another."""
-        return self._backend if self._without_prefix is None else self._without_prefix
 
     @cached_property
     def has_words_for_names(self) -> bool:

@@ -158,7 +158,7 @@ def _text_document(data: bytes) -> Fields:
 
 def _text_parts(stream: io.BufferedIOBase, start: Place, cut: Cut) -> Placed:
     with _seekable(stream) as file:
-        look, read = _reads(file)
+        look = _looked_at(file)
         begin = start.offset or len(codecs.BOM_UTF8) * look(0).startswith(codecs.BOM_UTF8)
         if not start.inside:
             try:
@@ -167,7 +167,8 @@ def _text_parts(stream: io.BufferedIOBase, start: Place, cut: Cut) -> Placed:
             except UserError as error:
                 yield Place(os.fstat(file.fileno()).st_size, 1), error
                 return
-        for part in cut_stretches(utf8_stretches(read, begin), utf8_size, cut):
+        for part in cut_stretches(utf8_stretches(look, begin), utf8_size, cut):
+            _pass_over(stream, part.end)
             yield _behind(part, 0, part.end), {"text": part.text}
 
 
@@ -209,18 +210,19 @@ def _long_line(stream: io.BufferedIOBase, start: Place, head: bytes, cut: Cut) -
         if line.strip():
             yield place, _or_error(_json_object, line)
         return place
-    with _line(stream, start.offset, head) as (look, read):
+    with _line(stream, start.offset, head) as look:
         begin = start.offset + size
         try:
             fields, end = _checked_row(look, head[:size], begin)
         except UserError as error:
-            end = begin + len(line_at(look, begin))
+            end = begin + sum(map(len, line_at(look, begin)))
             yield Place(end, start.number + 1), error
         else:
-            for part in cut_stretches(json_stretches(read, begin), json_size, cut):
+            for part in cut_stretches(json_stretches(look, begin), json_size, cut):
+                _pass_over(stream, part.end)
                 yield _behind(part, start.number, end), {**fields, "text": part.text}
                 fields = {}
-        _go_to(stream, end)
+        _pass_over(stream, end)
     return Place(end, start.number + 1)
 
 
@@ -229,29 +231,29 @@ def _checked_row(look: ReadAt, head: bytes, begin: int) -> tuple[Fields, int]:
     for stretch in json_stretches(look, begin):
         checked_characters(stretch.text, "text")
         begin = stretch.end
-    rest = line_at(look, begin)
+    rest = b"".join(line_at(look, begin))
     return _json_object(head + rest), begin + len(rest)
 
 
 def _rest_of_line(stream: io.BufferedIOBase, start: Place, cut: Cut) -> Generator[PlacedRow, None, Place]:
     """The row that a place lies in, from there on; it was checked when its beginning was read."""
-    with _line(stream, start.offset, b"") as (look, read):
-        for part in cut_stretches(json_stretches(read, start.offset), json_size, cut):
-            end = part.end + len(line_at(look, part.end)) if part.is_last else part.end
+    with _line(stream, start.offset, b"") as look:
+        for part in cut_stretches(json_stretches(look, start.offset), json_size, cut):
+            end = part.end + sum(map(len, line_at(look, part.end))) if part.is_last else part.end
+            _pass_over(stream, end)
             yield _behind(part, start.number, end), {"text": part.text}
-        _go_to(stream, end)
     return Place(end, start.number + 1)
 
 
 @contextmanager
-def _line(stream: io.BufferedIOBase, offset: int, head: bytes) -> Iterator[tuple[ReadAt, ReadAt]]:
+def _line(stream: io.BufferedIOBase, offset: int, head: bytes) -> Iterator[ReadAt]:
     """Reads a line at any offset: in the file, or in a temporary one with what it decompresses to.
 
     Args:
         head: bytes of the line, from the offset on, that were read from the stream.
     """
     if _is_plain(stream):
-        yield _reads(stream)
+        yield _looked_at(stream)
         return
     with tempfile.TemporaryFile() as copy:
         copy.write(head)
@@ -260,23 +262,20 @@ def _line(stream: io.BufferedIOBase, offset: int, head: bytes) -> Iterator[tuple
             if data.endswith(b"\n"):
                 break
         copy.flush()
-        look, _ = _reads(copy)
-        yield (lambda at: look(at - offset), lambda at: look(at - offset))
+        look = _looked_at(copy)
+        yield lambda at: look(at - offset)
 
 
-def _reads(file: io.BufferedIOBase | IO[bytes]) -> tuple[ReadAt, ReadAt]:
-    """Reads at an offset: unseen by who meters the file, and seen."""
-
-    def read(offset: int) -> bytes:
-        file.seek(offset)
-        return file.read(_READ_AT_ONCE)
-
-    return (lambda offset: os.pread(file.fileno(), _READ_AT_ONCE, offset)), read
+def _looked_at(file: io.BufferedIOBase | IO[bytes]) -> ReadAt:
+    """Reads a file at offsets; where it stands stays."""
+    return lambda offset: os.pread(file.fileno(), _READ_AT_ONCE, offset)
 
 
-def _go_to(stream: io.BufferedIOBase, offset: int) -> None:
-    if _is_plain(stream):  # else all of the line has been read
+def _pass_over(stream: io.BufferedIOBase, offset: int) -> None:
+    """Goes to an offset of a plain file, as if all before it had been read; others have been read already."""
+    if _is_plain(stream) and (passed := offset - stream.tell()) > 0:
         stream.seek(offset)
+        stream.raw.on_read(passed)
 
 
 def _skip(stream: io.BufferedIOBase, count: int) -> None:
@@ -422,9 +421,9 @@ def _seekable(stream: io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
         yield copy
 
 
-def _is_plain(stream: io.BufferedIOBase) -> bool:
+def _is_plain(stream: io.BufferedIOBase) -> TypeGuard["_PlainFile"]:
     """Whether the stream is a file as it lies on the disk."""
-    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
+    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _MeteredFile)
 
 
 class _MeteredFile(io.FileIO):
@@ -432,13 +431,17 @@ class _MeteredFile(io.FileIO):
 
     def __init__(self, file: str, on_read: Callable[[int], object]) -> None:
         super().__init__(file)
-        self._on_read = on_read
+        self.on_read = on_read
 
     def readinto(self, buffer: "Buffer", /) -> int | None:
         """Fills the buffer."""
         count = super().readinto(buffer)
-        self._on_read(count or 0)
+        self.on_read(count or 0)
         return count
+
+
+class _PlainFile(io.BufferedReader):
+    raw: _MeteredFile
 
 
 class _Bounded(io.RawIOBase):

@@ -190,7 +190,8 @@ class StoreWriter:
 
         `ends` and `rows` count from the first token and row of this call, `counts` covers it.
         """
-        self.is_whole = not len(tokens) or bool(len(ends) and ends[-1] == len(tokens))
+        if len(tokens):  # else nothing has changed
+            self.is_whole = bool(len(ends) and ends[-1] == len(tokens))
         columns: tuple[np.ndarray, ...] = (
             tokens.astype(_TOKEN),
             (ends + self.counts.tokens).astype(_INDEX),

@@ -212,13 +212,23 @@ class Tokenizer:
         """`encode` of each text, spread over the cores.
 
         Args:
-            continued: each text is the rest of one, which begins with no space of the tokenizer's.
+            continued: each text is the rest of one.
         """
+        if continued:
+            return self._encode_rests(texts)
         if self.has_words_for_names:
-            before = ["a"] if continued else []
-            return [self.encode_pieces([*before, self.quote(text)])[-1] for text in texts]
-        backend = self._pieces.continuing if continued else self._backend
-        return encoded(backend, texts)
+            return [self.encode_pieces([self.quote(text)])[0] for text in texts]
+        return encoded(self._backend, texts)
+
+    def _encode_rests(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which no text begins: each is encoded behind a word or a line, whose ids are taken away."""
+        befores = ["a" if text[:1].isspace() else "a\n" for text in texts]
+        ids_of = {before: self.encode(before) for before in {*befores}}
+        whole = self.encode_batch([before + text for before, text in zip(befores, texts, strict=True)])
+        return [
+            ids[len(first) :] if ids[: len(first)] == first else self.encode(text)
+            for ids, first, text in zip(whole, map(ids_of.__getitem__, befores), texts, strict=True)
+        ]
 
     def cut(self, window: str) -> int:
         """Where to cut a long text so that the ids of both parts are those of the whole, see `data.parts`.
@@ -229,15 +239,17 @@ class Tokenizer:
             window: the next `parts.WINDOW` characters.
         """
         for where in places(window):
-            left, right = window[where - CONTEXT : where], window[where : where + CONTEXT]
-            (whole, first), (second,) = (
-                self.encode_batch([left + right, left]),
-                self.encode_batch([right], continued=True),
-            )
-            if whole == first + second:
+            if self._may_part(window[where - CONTEXT : where], window[where : where + CONTEXT]):
                 return where
         say_once(f"a text has no end of a word within {PART_CHARACTERS:,} characters: it is cut there, inside a word")
         return PART_CHARACTERS
+
+    def _may_part(self, left: str, right: str) -> bool:
+        try:
+            whole, first = self.encode_batch([left + right, left])
+            return whole == first + self.encode_batch([right], continued=True)[0]
+        except UserError:  # it fails on this text, which is said when all of the part is encoded
+            return False
 
     @property
     def has_words_for_names(self) -> bool:

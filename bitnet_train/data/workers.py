@@ -114,7 +114,11 @@ def _chunked(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
 
 
 def encoded_rows(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
-    """One chunk."""
+    """One chunk.
+
+    Raises:
+        UserError: a part of a long document cannot be encoded.
+    """
     results: list[Encoded] = [row.error if isinstance(row, BadRow) else [] for row in rows]
     good = [(number, row) for number, row in enumerate(rows) if isinstance(row, Row)]
     unread: set[str] = set()
@@ -122,6 +126,8 @@ def encoded_rows(encoder: Encoder, rows: Sequence[Row | BadRow]) -> Chunk:
         results[number] = encoded_row
         if not isinstance(encoded_row, UserError):
             unread.update(encoder.unread(row))
+        elif not (row.begins and row.ends):  # the parts before it are in the store
+            raise UserError(f"{encoded_row}; a long document is not skipped, take it out")
     return _joined(rows, results, unread)
 
 

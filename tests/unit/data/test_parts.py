@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import datasets
 import numpy as np
 import pyarrow
 import pytest
+import tokenizers
 from pyarrow import ipc, parquet
+from tokenizers import models, pre_tokenizers, trainers
 
 from bitnet_train.data import counting, parts, readers, tokenizer, workers
 from bitnet_train.data.cache import tokenized
@@ -21,7 +23,7 @@ from bitnet_train.data.encoding import TextEncoder
 from bitnet_train.data.parts import anywhere, at_blanks, cut_text
 from bitnet_train.data.readers import START, read_from
 from bitnet_train.data.sources import read_rows
-from bitnet_train.data.store import StoreWriter, ids_of
+from bitnet_train.data.store import Counts, StoreWriter, ids_of
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from tests.families import FAMILIES, write_family
@@ -154,6 +156,96 @@ def test_every_family_of_tokenizers_is_cut_between_tokens(name: str, tmp_path: P
         assert "".join(pieces) == text
         rest = [id for ids in tokenizer.encode_batch(pieces[1:], continued=True) for id in ids]
         assert tokenizer.encode(pieces[0]) + rest == tokenizer.encode(text)
+
+
+def _prefix_of_every_word() -> tokenizers.Tokenizer:
+    """As T5's and XLM-R's: words apart, each with its space in front."""
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    return _trained(pre_tokenizers.Sequence(steps))
+
+
+def _prefix_of_the_text() -> tokenizers.Tokenizer:
+    return _trained(pre_tokenizers.Metaspace(prepend_scheme="first"))
+
+
+def _prefix_behind_every_added_token() -> tokenizers.Tokenizer:
+    backend = _trained(pre_tokenizers.Metaspace(prepend_scheme="always"))
+    backend.add_tokens(["naïve", "jump"])
+    return backend
+
+
+def _digits_and_prefixed_bytes() -> tokenizers.Tokenizer:
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    return _trained(pre_tokenizers.Sequence(steps), alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def _trained(split: Any, alphabet: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=list(alphabet), show_progress=False
+    )
+    backend.train_from_iterator([text_of(200, seed=9)], trainer)
+    return backend
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_prefix_of_every_word, _prefix_of_the_text, _prefix_behind_every_added_token, _digits_and_prefixed_bytes],
+    ids=lambda make: make.__name__.lstrip("_"),
+)
+def test_a_space_that_a_tokenizer_adds_is_added_where_it_is_in_the_whole(
+    make: Callable[[], tokenizers.Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer(make(), {"eos_token": "</s>"})
+    for seed in range(3):
+        text = text_of(40, seed)
+        pieces = [part for part, _ in cut_text(text, tokenizer.cut)]
+        assert len(pieces) > 5
+        rest = [id for ids in tokenizer.encode_batch(pieces[1:], continued=True) for id in ids]
+        assert tokenizer.encode(pieces[0]) + rest == tokenizer.encode(text)
+    assert "inside a word" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shift", range(16))
+def test_a_stretch_ends_at_no_half_of_a_character(shift: int, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    text = "x" * shift + "\\ud83d 🙂\\\\ud83d\\\\\\ " * 60
+    for ascii_only in (True, False):
+        file.write_text(json.dumps({"text": text}, ensure_ascii=ascii_only))
+        assert "".join(str(row.fields["text"]) for row in read_rows(str(file), cut=anywhere)) == text
+
+
+def test_what_is_read_of_a_file_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"id": 1, "text": text_of(20, number), "url": "u"}) for number in range(20)))
+    text = as_txt(tmp_path / "text", text_of(60))
+    for path in (file, text):
+        told: list[int] = []
+        list(read_from(str(path), START, told.append, anywhere))
+        assert path.stat().st_size <= sum(told) < path.stat().st_size + len(told) * (1 << 13)
+
+
+def test_a_part_that_cannot_be_encoded_ends_the_build(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"good": 0, "</s>": 1}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TextEncoder(Tokenizer(backend, {"eos_token": "</s>"}))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("good", "good " * 900 + "bad", "good")))
+    with pytest.raises(UserError, match=rf"{file}:2: .*; a long document is not skipped, take it out"):
+        tokenized([str(file)], encoder, tmp_path / "cache", bad_rows="skip")
+
+
+def test_a_part_without_tokens_is_within_its_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a part ends no document: what is before it must not be committed."""
+    writer = StoreWriter(tmp_path / "store", "key")
+    none = np.empty(0, np.int64)
+    writer.append(none, np.ones(5, np.uint32), none, Counts(tokens=5))
+    writer.append(none, np.empty(0, np.uint32), none, Counts())
+    assert not writer.is_whole
+    writer.append(np.array([2]), np.ones(2, np.uint32), np.array([0]), Counts(rows=1, tokens=2))
+    assert writer.is_whole
+    writer.close()
 
 
 @named

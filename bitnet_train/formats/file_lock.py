@@ -35,7 +35,7 @@ class FileLock:
         """Whether this process has the lock now.
 
         Args:
-            wait: until another process frees it.
+            wait: until another process frees it; the answer is always True.
         """
         try:
             return _lock(self._file.fileno(), wait)
@@ -66,7 +66,7 @@ def _lock(descriptor: int, wait: bool) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in _TAKEN:
+        if error.errno in _TAKEN and not wait:  # who waits is never told that it is taken
             return False
         raise
     return True

@@ -66,3 +66,21 @@ def test_without_any_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     with FileLock(tmp_path / "lock") as lock:
         assert lock.take()
     assert not (tmp_path / "victim").exists()
+
+
+def test_who_waits_and_is_refused_has_the_lock_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EACCES says that another process holds a lock to who does not wait, and that there are none to who does."""
+    shared, local = tmp_path / "shared", tmp_path / "local"
+    shared.mkdir()
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(local))
+    without_locks_in(shared, errno.EACCES, monkeypatch)
+    with FileLock(shared / "lock") as first, FileLock(shared / "lock") as second:
+        assert not first.take()
+        assert first.take(wait=True)
+        assert "its file system has no locks (Permission denied)" in caplog.text
+        assert file_lock._open_substitute(second.path)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file_lock._open_substitute(second.path), fcntl.LOCK_EX | fcntl.LOCK_NB)

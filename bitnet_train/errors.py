@@ -86,27 +86,44 @@ def report(error: UserError) -> None:
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command-line entry point and turns its outcome into an exit code (see the module's text)."""
+    failures: list[OSError] = []
     try:
-        code = main() or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with _noting_failures(sys.stdout, failures):
+            code = main() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         report(error)
         code = EXIT_USER_ERROR
     except OSError as error:
-        if _takes_output():
+        if error not in failures:
             raise
         code = _without_output(error)
     sys.exit(code)
 
 
-def _takes_output() -> bool:
-    """Whether standard output can still be written; where it cannot, that is what failed."""
+@contextmanager
+def _noting_failures(stream: TextIO | None, failures: list[OSError]) -> Iterator[None]:
+    """Collects the errors of writing to a stream: nothing else tells them from those of other files."""
+    methods = {name: getattr(stream, name) for name in ("write", "flush")} if stream is not None else {}
+    for name, method in methods.items():
+        setattr(stream, name, _noting(method, failures))
     try:
-        print(flush=True)
-    except OSError:
-        return False
-    return True
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(stream, name, method)
+
+
+def _noting(method: Callable[..., object], failures: list[OSError]) -> Callable[..., object]:
+    def noted(*args: object) -> object:
+        try:
+            return method(*args)
+        except OSError as error:
+            failures.append(error)
+            raise
+
+    return noted
 
 
 def _without_output(error: OSError) -> int:

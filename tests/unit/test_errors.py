@@ -1,5 +1,6 @@
 """How a command ends: exit codes, one line, and an output that takes no more."""
 
+import io
 import os
 from collections.abc import Callable
 
@@ -27,10 +28,19 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe")])
-def test_what_is_not_of_standard_output_is_raised(error: OSError) -> None:
-    """A full disk or a pipe to another process, while the output is fine."""
+def test_what_is_not_of_standard_output_is_raised(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk or a pipe to another process, while the output is fine and stays as it is."""
     with pytest.raises(type(error)):
         run_command(lambda: fail(error))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_standard_output_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    assert ended(lambda: print("a")) == 0
+    assert stream.getvalue() == "a\n"
+    assert (stream.write, stream.flush) == (io.StringIO.write.__get__(stream), io.StringIO.flush.__get__(stream))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.metrics import event_lines
 from bitnet_train.training import objects
@@ -128,22 +128,33 @@ def begin_wandb(loggers: Sequence[Logger], run_dir: Path) -> None:
     """Begins the run of Weights & Biases, where one is asked for, and keeps its id in the run directory.
 
     Raises:
-        UserError: W&B refuses, such as for want of a login.
+        UserError: there is no login, or W&B does not take an option.
+        RunFailed: its server cannot be reached, or refuses.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            import wandb
-
-            try:
-                name = str(logger.experiment.id)
-            except (wandb.Error, TypeError, ValueError) as error:
-                reason = str(error).rstrip(".")
-                raise UserError(
-                    f"logger=wandb: {reason}; log in with `wandb login`, log to files alone with WANDB_MODE=offline, "
-                    "or choose logger=none"
-                ) from error
+            name = _begun(logger)
             with atomic_file(run_dir / _WANDB_ID) as temporary:
                 temporary.write_text(f"{name}\n", encoding="utf-8")
+
+
+def _begun(logger: WandbLogger) -> str:
+    """The id of the run."""
+    from wandb import errors
+
+    files_alone = "log to files alone with WANDB_MODE=offline, or choose logger=none"
+    try:
+        return str(logger.experiment.id)
+    except (errors.UsageError, errors.AuthenticationError) as error:
+        raise UserError(f"logger=wandb: {_reason(error)}; log in with `wandb login`, {files_alone}") from error
+    except errors.Error as error:
+        raise RunFailed(f"logger=wandb: {_reason(error)}; start the same command again, {files_alone}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"logger.wandb: {_reason(error)}; correct or remove this option") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def finish_wandb() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.errors import UserError
+from bitnet_train.errors import RunFailed, UserError
 from bitnet_train.training.loggers import JsonlLogger, append, begin_wandb, forget_after, make_loggers, run_name
 from tests.faults import limited
 
@@ -100,15 +100,40 @@ def test_what_a_user_has_chosen_wins(
     assert (asked[-1]["id"], asked[-1]["name"]) == (None, None)
 
 
-@pytest.mark.parametrize("error", ["UsageError", "CommError", "AuthenticationError"])
-def test_wandb_without_a_login_is_one_line(tmp_path: Path, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
-
+def begin_refused(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
-        raise getattr(wandb.errors, error)("No API key configured.")
+        raise error
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    loggers: list[Logger] = make_loggers(wandb_config(tmp_path), tmp_path, False)
+    monkeypatch.setattr("wandb.init", refuse)
+    loggers: list[Logger] = make_loggers(wandb_config(folder), folder, False)
+    try:
+        begin_wandb(loggers, folder)
+    finally:
+        assert not (folder / "wandb-id.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["UsageError", "AuthenticationError"])
+def test_wandb_without_a_login_is_one_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = getattr(pytest.importorskip("wandb").errors, name)("No API key configured.")
     with pytest.raises(UserError, match=r"No API key configured; .* `wandb login`, .*WANDB_MODE=offline"):
-        begin_wandb(loggers, tmp_path)
-    assert not (tmp_path / "wandb-id.txt").exists()
+        begin_refused(tmp_path, error, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["CommError", "WandbCoreNotAvailableError"])
+def test_a_network_that_is_away_is_a_failure_and_no_wrong_input(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = getattr(pytest.importorskip("wandb").errors, name)("Run initialization has timed out after 90.0 sec.")
+    with pytest.raises(RunFailed, match=r"timed out after 90\.0 sec; start the same command again, ") as failure:
+        begin_refused(tmp_path, error, monkeypatch)
+    assert "login" not in str(failure.value)
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_an_option_that_wandb_does_not_take_is_about_the_option(
+    tmp_path: Path, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    error = kind("init() got an unexpected keyword argument 'entitty'")
+    with pytest.raises(UserError, match=r"^logger\.wandb: .* 'entitty'; correct or remove this option$"):
+        begin_refused(tmp_path, error, monkeypatch)

@@ -2,7 +2,8 @@
 
 A recipe may come from somebody else. To import a module runs it, and to call a function runs whatever somebody found:
 so a target is module.Class; the module must be importable here and, where it is Python text that nothing has imported
-yet, must define or import that name; and the class must be of a kind that its place takes.
+yet, must define or import that name; and the class must be of a kind that its place takes. A few values that configure
+such objects have no kind; they are known by name, and stand anywhere.
 """
 
 import ast
@@ -17,6 +18,7 @@ from typing import Any
 
 from bitnet_train.errors import UserError
 
+_VALUES = ("datetime.timedelta", "torch.profiler.schedule")  # they compute a value of plain arguments, and do no more
 _NONE: Mapping[str, tuple[type, ...]] = MappingProxyType({})
 
 
@@ -59,12 +61,17 @@ def check_object(
         node: `_target_` and arguments, with nothing left to resolve.
         field: the node's key, for messages.
         kinds: of the class, see `class_named`.
-        places: the arguments that take objects, at any depth, and their kinds; elsewhere no `_target_` may stand.
+        places: the arguments that take objects, at any depth, and their kinds; elsewhere no `_target_` may stand, but
+            that of a value such as datetime.timedelta.
 
     Raises:
         UserError: a class is none or of another kind, or an object stands where none is taken.
     """
     class_named(node.get("_target_"), f"{field}._target_", kinds)
+    _check_arguments(node, field, places)
+
+
+def _check_arguments(node: Mapping[str, Any], field: str, places: Mapping[str, tuple[type, ...]]) -> None:
     if node.get("_partial_", False) is not False:
         raise UserError(f"{field}._partial_ must be false: an object is wanted, no function; leave it out")
     for key, value in node.items():
@@ -78,6 +85,8 @@ def _check_argument(value: object, field: str, kinds: tuple[type, ...], places: 
     elif isinstance(value, dict) and "_target_" not in value:
         for key, part in value.items():
             _check_argument(part, f"{field}.{key}", (), places)
+    elif isinstance(value, dict) and value["_target_"] in _VALUES:
+        _check_arguments(value, field, _NONE)
     elif isinstance(value, dict) and not kinds:
         raise UserError(
             f"{field}._target_ must not stand there: no object is taken, got {value['_target_']!r}; remove it"

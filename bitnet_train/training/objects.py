@@ -1,7 +1,8 @@
 """The objects of Lightning that a configuration names by `_target_`: callbacks, loggers, the Trainer and what it takes.
 
 Every class is checked before the first one is called, so that a recipe from somebody else calls nothing but classes of
-these kinds. Arguments that take objects themselves are listed; no `_target_` stands elsewhere.
+these kinds. Arguments that take objects themselves are listed; elsewhere stands no `_target_` but that of a value, such
+as datetime.timedelta.
 """
 
 from typing import Any

@@ -17,6 +17,7 @@ class Mine(Callback):
 
 
 MINE = f"{__name__}.Mine"
+HOUR = {"_target_": "datetime.timedelta", "hours": 1}
 NO_CLASSES = [
     "os.system", "builtins.exec", "numpy.load", "json.loads", "json.JSONDecoder", "Mine", "a..b", ".x", "os.path/x.Y",
     "", None, 5,
@@ -74,6 +75,11 @@ BAD_OBJECTS: list[tuple[dict[str, object], str]] = [
     ({"_target_": MINE, "_args_": [{"_target_": MINE}]}, "c._args_.0._target_ must not stand there"),
     ({"_target_": MINE, "place": {"_target_": "os.system"}}, "c.place._target_ must name a class"),
     ({"_target_": MINE, "place": [{"_target_": MINE, "a": {"_target_": MINE}}]}, "c.place.0.a._target_ must not"),
+    ({"_target_": MINE, "a": {**HOUR, "hours": {"_target_": "time.time"}}}, "c.a.hours._target_ must not stand there"),
+    ({"_target_": MINE, "a": {**HOUR, "place": {"_target_": MINE}}}, "c.a.place._target_ must not stand there"),
+    ({"_target_": MINE, "a": {**HOUR, "_partial_": True}}, "c.a._partial_ must be false"),
+    ({"_target_": MINE, "a": {"_target_": "datetime.datetime"}}, "c.a._target_ must not stand there"),
+    (HOUR, "c._target_ must name a class"),
 ]
 
 
@@ -89,3 +95,10 @@ def test_an_argument_that_takes_objects_may_hold_one() -> None:
     check_object(
         {"_target_": MINE, "place": [inner, "name"], "_convert_": "all"}, "c", (Callback,), {"place": (Callback,)}
     )
+
+
+def test_a_value_without_a_kind_may_stand_anywhere() -> None:
+    schedule = {"_target_": "torch.profiler.schedule", "wait": 1, "warmup": 1, "active": 3}
+    inner = {"_target_": MINE, "timeout": HOUR}
+    values = {"every": HOUR, "steps": [schedule], "options": {"every": HOUR}, "place": inner}
+    check_object({"_target_": MINE, **values}, "c", (Callback,), {"place": (Callback,)})

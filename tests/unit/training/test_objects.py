@@ -1,7 +1,9 @@
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +68,18 @@ def test_a_trainer_takes_objects_where_lightning_does() -> None:
     check_object({"_target_": "lightning.Trainer", "strategy": strategy}, "trainer", (L.Trainer,), objects._TAKEN)
     made: Any = trainer(profiler=profiler)
     assert isinstance(made.profiler, SimpleProfiler)
+
+
+def test_a_time_and_a_schedule_are_made_where_an_object_takes_one() -> None:
+    hour = {"_target_": "datetime.timedelta", "hours": 1}
+    made: Any = trainer(strategy={"_target_": "lightning.pytorch.strategies.DDPStrategy", "timeout": hour})
+    assert made.strategy._timeout == timedelta(hours=1)
+    schedule = {"_target_": "torch.profiler.schedule", "wait": 1, "warmup": 1, "active": 1}
+    made = trainer(profiler={"_target_": "lightning.pytorch.profilers.PyTorchProfiler", "schedule": schedule})
+    assert made.profiler._schedule._schedule(2) == torch.profiler.ProfilerAction.RECORD_AND_SAVE
+    checkpoint = {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "train_time_interval": hour}
+    (callback,) = objects.named(node({"x": checkpoint}), "callbacks", L.Callback)
+    assert callback._train_time_interval == timedelta(hours=1)
 
 
 @pytest.mark.parametrize(

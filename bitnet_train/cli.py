@@ -5,8 +5,9 @@
 Exit codes: 0 done; 2 the configuration or the data is wrong (one line); 85 stopped on request, start again to go on;
 anything else a failure, with the traceback in the run's log. Nothing heavy is imported before a job runs.
 
-With -m the command runs a job for every combination of values. A job that fails does not end the sweep, a signal does;
-a table of all jobs ends it, and its exit code is that of the job that matters most.
+With -m the command runs a job for every combination of values. A job that fails, or whose time (`trainer.max_time`) is
+over, does not end the sweep, a signal does; a table of all jobs ends it, and its exit code is that of the job that
+matters most.
 """
 
 import logging
@@ -26,7 +27,7 @@ from bitnet_train import composition
 from bitnet_train import config as configuration
 from bitnet_train.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR, RunFailed, UserError, run_command
 from bitnet_train.training import sweep
-from bitnet_train.training.signals import StopRequested, stop_on_signals
+from bitnet_train.training.signals import TIME_OVER, StopRequested, stop_on_signals
 from bitnet_train.training.worker import leave, own_rank
 
 log = logging.getLogger(__name__)
@@ -111,13 +112,16 @@ def job(config: DictConfig) -> float | None:
     _ended.append(Ended(run_dir, code, reason))
     if swept:
         sweep.write_outcome(run_dir, code, reason)
-    if code == EXIT_REQUEUE:
+    is_over = swept and code == EXIT_REQUEUE and reason == TIME_OVER
+    if is_over:
+        log.info("stopped (%s), state saved; the sweep goes on", reason)
+    elif code == EXIT_REQUEUE:
         if swept:
             sweep.requeue(reason)
         raise StopRequested(reason)
     if swept and code == EXIT_USER_ERROR:  # a run that stands alone says it last
         log.error("%s", reason)
-    return sweep.last_value(run_dir, config.objective) if code == 0 else None
+    return sweep.last_value(run_dir, config.objective) if code == 0 or is_over else None
 
 
 def _run(config: DictConfig, run_dir: Path) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bitnet_train.errors import RunFailed
 from bitnet_train.training import ranks
 from bitnet_train.training.module import TrainingModule
-from bitnet_train.training.signals import SIGNALS, StopRequested
+from bitnet_train.training.signals import SIGNALS, TIME_OVER, StopRequested
 
 
 class Checkpointing(L.Callback):
@@ -63,7 +63,7 @@ class Checkpointing(L.Callback):
         save, stop_file, over, number = ranks.maxima([int(value) for value in asked])
         reasons = {
             "STOP file": stop_file,
-            "trainer.max_time": over,
+            TIME_OVER: over,
             **({signal.Signals(number).name: 1} if number else {}),
         }
         return bool(save), next((reason for reason, given in reasons.items() if given), "")

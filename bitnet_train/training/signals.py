@@ -14,6 +14,7 @@ from typing import TypeAlias
 from bitnet_train.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+TIME_OVER = "trainer.max_time"  # the reason that ends a job, but not its sweep
 Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
 

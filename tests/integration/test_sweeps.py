@@ -13,6 +13,7 @@ import pytest
 
 from bitnet_train.cli import main
 from bitnet_train.training import sweep
+from bitnet_train.training.signals import StopRequested
 from tests.forked import python
 from tests.imitated_slurm import install
 from tests.runs import last, metrics
@@ -93,6 +94,33 @@ def test_a_signal_stops_the_sweep_and_not_only_the_job(folder: Path, monkeypatch
     assert [(row["job"], row["state"], row["reason"]) for row in rows(folder / "stopped")] == [
         ("0", "requeue", "SIGTERM")
     ]
+
+
+def end_every_job(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """As training ends at a step boundary; `test_training.py` lets the time of a run pass."""
+
+    def start(settings: Any, config: Any, run_dir: Path) -> None:
+        (run_dir / "metrics.jsonl").write_text('{"step": 1, "val/loss": 0.5}\n')
+        raise StopRequested(reason)
+
+    monkeypatch.setattr("bitnet_train.training.launch.start", start)
+
+
+@pytest.mark.fault
+def test_a_file_stop_ends_the_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_every_job(monkeypatch, "STOP file")
+    assert command(folder, monkeypatch, "-m", *JOB, "run_dir=asked", "seed=0,1") == 85
+    assert [row["state"] for row in rows(folder / "asked")] == ["requeue"]
+
+
+@pytest.mark.fault
+def test_a_time_that_is_over_ends_the_job_and_the_search_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    end_every_job(monkeypatch, "trainer.max_time")
+    words = ["hparams_search=optuna", "run_dir=over", "hydra.sweeper.n_trials=2"]
+    assert command(folder, monkeypatch, *JOB, *words) == 85
+    assert [(row["state"], row["reason"]) for row in rows(folder / "over")] == [("requeue", "trainer.max_time")] * 2
+    assert "best_value: 0.5" in (folder / "over/optimization_results.yaml").read_text()
 
 
 def test_optuna_searches_with_two_ranks_per_job(folder: Path) -> None:

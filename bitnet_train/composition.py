@@ -2,7 +2,8 @@
 
     files           a YAML file is bounded before its aliases are expanded (`yaml_text`); a recipe may not set what of
                     Hydra's own keys runs programs
-    hydra.*         callbacks and samplers are classes of their kind, checked before one is called (`classes`)
+    hydra.*         callbacks, launcher, sweeper and sampler are classes of their kind, and no other object stands among
+                    their arguments, checked before one is called (`classes`)
     paths           a `~` in front is the user's home
     errors          one line that names the argument, the quotes that it needs, or the key that was meant
     jobs            what a search hands on is quoted where Hydra's grammar needs it; what cannot be composed fails alone
@@ -16,7 +17,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -41,7 +44,11 @@ from bitnet_train.yaml_text import check_yaml, yaml_fault
 REFUSED = "_refused_"  # the key of a job that cannot be composed: the reason
 
 _PATHS = ("run_dir", "init_from", "resume", "data.train", "data.val", "data.tokenizer", "data.cache_dir")
-_HYDRA_IN_RECIPES = ("mode", "run", "sweep", "sweeper")  # the rest can start programs or change the environment
+_HYDRA_IN_RECIPES = re.compile(  # the rest can start programs or change the environment
+    r"mode|(run|sweep)(\..*)?|sweeper\.(?!custom_search_space).*|job\.name|launcher\.(account|array_parallelism|comment|"
+    r"constraint|cpus_per_gpu|cpus_per_task|exclude|gpus_per_node|gpus_per_task|gres|max_num_timeout|mem_gb|mem_per_cpu|"
+    r"mem_per_gpu|name|nodes|partition|qos|signal_delay_s|stderr_to_stdout|tasks_per_node|timeout_min)"
+)
 _PLAIN = "A-Z a-z 0-9 / - + . $ % * @ ? | _ :"  # what Hydra's grammar takes without quotes
 _EXTRAS = {"submitit": "slurm", "optuna": "sweep"}  # what an option of Hydra comes with
 
@@ -78,15 +85,22 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 def _check_recipe(path: Path, recipe: DictConfig, package: str) -> None:
     """A recipe sets what a run is; what Hydra itself does with programs, logging and the environment is the user's."""
-    own = recipe.get("hydra", {})
-    others = ["hydra"] if not isinstance(own, Mapping) else [key for key in own if key not in _HYDRA_IN_RECIPES]
-    if OmegaConf.select(recipe, "hydra.sweeper.custom_search_space") is not None:
-        others.append("sweeper.custom_search_space")
-    if others or package.startswith("hydra"):
+    others = [key for key in _hydra_keys(recipe) if not _HYDRA_IN_RECIPES.fullmatch(key)]
+    if others or package.rpartition("_global_.")[2].startswith("hydra"):
         raise UserError(
-            f"{path}: of Hydra's own keys a recipe may set {', '.join(_HYDRA_IN_RECIPES)}, got "
-            f"{', '.join(map(str, others)) or 'another'}; give it on the command line"
+            f"{path}: of Hydra's own keys a recipe may set mode, run, sweep, sweeper, job.name and how large a job of "
+            f"the launcher is, got {', '.join(others) or 'another'}; give it on the command line"
         )
+
+
+def _hydra_keys(recipe: DictConfig) -> list[str]:
+    """The keys of Hydra's that a recipe sets, two levels deep, as they stand: an interpolation is no mapping."""
+    written = OmegaConf.to_container(recipe, resolve=False)
+    own = written.get("hydra", {}) if isinstance(written, dict) else {}
+    if not isinstance(own, dict):
+        return ["hydra"]
+    flat = [key for key, value in own.items() if not isinstance(value, dict)]
+    return [*map(str, flat), *(f"{key}.{name}" for key in own if key not in flat for name in own[key])]
 
 
 class Loader(ConfigLoaderImpl):
@@ -145,15 +159,30 @@ def check_hydra(node: DictConfig) -> None:
     """What Hydra makes of its own keys, before it does.
 
     Raises:
-        UserError: a callback or a sampler is no class of that kind.
+        UserError: a callback, the launcher, the sweeper or its sampler is no class of that kind, an object stands among
+            their arguments, or a text would be more than one line of a job's script.
     """
     for name, callback in (node.get("callbacks") or {}).items():
         check_object(_resolved(callback), f"hydra.callbacks.{name}", (Callback,))
-    sampler = OmegaConf.select(node, "sweeper.sampler")
-    if sampler is not None:
+    _check_launcher(_resolved(node.launcher))
+    _check_sweeper(_resolved(node.sweeper))
+
+
+def _check_launcher(launcher: dict[str, Any]) -> None:
+    check_object(launcher, "hydra.launcher", (Launcher,))
+    for key, value in launcher.items():
+        if isinstance(value, str) and "\n" in value:  # the second line would be a command of the script
+            raise UserError(f"hydra.launcher.{key} must be one line, got {value!r}; mend what it is made of")
+
+
+def _check_sweeper(sweeper: dict[str, Any]) -> None:
+    places: dict[str, tuple[type, ...]] = {}
+    if isinstance(sampler := sweeper.get("sampler"), dict):
         from optuna.samplers import BaseSampler
 
-        check_object({**_resolved(sampler), "_partial_": False}, "hydra.sweeper.sampler", (BaseSampler,))
+        sampler.pop("_partial_", None)  # the grid's is one: it gets its space later
+        places = dict.fromkeys(("sampler", "independent_sampler", "base_sampler"), (BaseSampler,))
+    check_object(sweeper, "hydra.sweeper", (Sweeper,), places)
 
 
 def _resolved(node: Any) -> dict[str, Any]:

@@ -167,8 +167,13 @@ BAD_RECIPES = {
     "seed: 1\nseed: 2\n": "must be YAML: found duplicate key seed",
     "seed: !!python/object/apply:os.system [x]\n": "must be YAML: could not determine a constructor",
     "x: &a [*a]\n": "must hold at most 100,000 values",
-    "hydra: {callbacks: {x: {_target_: os.system}}}\n": "got callbacks; give it on the command line",
-    "hydra: {job_logging: {}, launcher: {setup: [x]}}\n": "got job_logging, launcher; give",
+    "hydra: {callbacks: {x: {_target_: os.system}}}\n": "got callbacks.x; give it on the command line",
+    "hydra: {job_logging: {a: 1}, launcher: {setup: [x]}}\n": "got job_logging.a, launcher.setup; give",
+    "hydra: {launcher: {partition: a, python: sh, srun_args: [x]}}\n": "got launcher.python, launcher.srun_args; give",
+    "hydra: {launcher: {additional_parameters: {wrap: x}}}\n": "got launcher.additional_parameters; give",
+    "hydra: {launcher: {_target_: os.system}, job: {env_set: {A: b}}}\n": "got launcher._target_, job.env_set; give",
+    "x: {setup: [x]}\nhydra: {launcher: '${x}'}\n": "got launcher; give",
+    "x: {launcher: {setup: [x]}}\nhydra: ${x}\n": "got hydra; give",
     "hydra: {sweeper: {custom_search_space: os.system}}\n": "got sweeper.custom_search_space; give",
     "hydra: 5\n": "got hydra; give",
 }
@@ -189,6 +194,7 @@ def test_a_bad_recipe_is_one_line_that_names_its_file(tmp_path: Path, more: str)
         (b"seed: \xff\n", "cannot be read: 'utf-8' codec"),
         (b"- 1\n", "must hold keys and values"),
         (b"# @package hydra.callbacks\nx: {_target_: os.system}\n", "got another; give it on the command line"),
+        (b"# @package _global_.hydra.launcher\nsetup: [x]\n", "got another; give it on the command line"),
     ],
 )
 def test_what_is_no_recipe_at_all(tmp_path: Path, text: bytes, message: str) -> None:
@@ -200,3 +206,57 @@ def test_a_recipe_may_set_a_sweep(tmp_path: Path) -> None:
     text = RECIPE + "hydra: {mode: MULTIRUN, sweep: {subdir: a}, sweeper: {params: {seed: '1,2'}}}\n"
     config = source(tmp_path, text).load_config("recipe/mine").config
     assert OmegaConf.select(config, "hydra.sweep.subdir") == "a"
+
+
+def test_a_recipe_may_say_how_large_a_job_is_and_its_name(tmp_path: Path) -> None:
+    launcher = "{partition: a, nodes: 2, gres: 'gpu:1', timeout_min: 5, cpus_per_task: 1, mem_gb: 1, account: b}"
+    text = f"{RECIPE}hydra: {{job: {{name: mine}}, launcher: {launcher}}}\n"
+    config = source(tmp_path, text).load_config("recipe/mine").config
+    assert OmegaConf.select(config, "hydra.launcher.partition") == "a"
+
+
+EVIL = "{_target_: numpy.savetxt, fname: made, X: [1]}"
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        (f"hydra.sweeper.storage={EVIL}", "sweeper.storage"),
+        (f"hydra.sweeper.direction=[{EVIL}]", "sweeper.direction.0"),
+        (f"hydra.sweeper.search_space={{a: {{b: {EVIL}}}}}", "sweeper.search_space.a.b"),
+        (f"+hydra.sweeper.sampler.gamma={EVIL}", "sweeper.sampler.gamma"),
+    ],
+)
+def test_no_other_object_is_made_for_a_sweeper(override: str, field: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    assert f"hydra.{field}._target_ must not stand there" in refused("hparams_search=optuna", override)
+
+
+def test_an_object_by_way_of_an_interpolation_is_seen() -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    message = refused("hparams_search=optuna", f"+evil={EVIL}", "hydra.sweeper.storage=${evil}")
+    assert "hydra.sweeper.storage._target_ must not stand there" in message
+
+
+@pytest.mark.parametrize("key", ["sampler", "sampler.independent_sampler"])
+def test_samplers_are_of_their_kind(key: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["hparams_search=optuna", "hydra/sweeper/sampler=cmaes"]
+    message = refused(*words, f"++hydra.sweeper.{key}._target_=numpy.savetxt")
+    assert f"hydra.sweeper.{key}._target_ must name a class of the kind" in message
+    random = "{_target_: optuna.samplers.RandomSampler, seed: 1}"
+    hydra.compose("train", overrides=[*words, f"hydra.sweeper.sampler.independent_sampler={random}"])
+    hydra.compose("train", overrides=["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"])
+
+
+@pytest.mark.parametrize("group", ["launcher", "sweeper"])
+def test_launcher_and_sweeper_are_of_their_kind(group: str) -> None:
+    assert f"hydra.{group}._target_ must name a class" in refused(f"hydra.{group}._target_=hydra.utils.call")
+    assert f"hydra.{group}.x._target_ must not stand there" in refused(f"+hydra.{group}.x={EVIL}")
+
+
+@pytest.mark.parametrize("key", ["hydra.launcher.partition", "hydra.job.name", "run_dir"])
+def test_no_text_is_a_second_line_of_a_jobs_script(key: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert "must be one line, got " in refused("+recipe=pretrain", "launcher=slurm", f"{key}='a\nrm b'")
+    hydra.compose("train", overrides=["+recipe=pretrain", "launcher=slurm", "hydra.launcher.setup=['export A=b']"])

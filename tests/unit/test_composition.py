@@ -223,7 +223,7 @@ EVIL = "{_target_: numpy.savetxt, fname: made, X: [1]}"
     [
         (f"hydra.sweeper.storage={EVIL}", "sweeper.storage"),
         (f"hydra.sweeper.direction=[{EVIL}]", "sweeper.direction.0"),
-        (f"hydra.sweeper.search_space={{a: {{b: {EVIL}}}}}", "sweeper.search_space.a.b"),
+        (f"hydra.sweeper.storage={{a: {{b: {EVIL}}}}}", "sweeper.storage.a.b"),
         (f"+hydra.sweeper.sampler.gamma={EVIL}", "sweeper.sampler.gamma"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What this program adds to Hydra's composition, for recipes and arguments that people type or get from somebody else.
+"""Additions to Hydra's composition, for recipes and arguments that people type or get from somebody else.
 
     files           a YAML file is bounded before its aliases are expanded (`yaml_text`); a recipe may not set what of
                     Hydra's own keys runs programs
@@ -137,7 +137,7 @@ class Loader(ConfigLoaderImpl):
             return ""
         key, others = found[1], [override for override in overrides if not override.startswith(f"{found[1]}=")]
         try:
-            meant = _nearest(super().load_configuration(config_name, others, *options), key.split("."))
+            meant = _nearest_key(super().load_configuration(config_name, others, *options), key.split("."))
         except HydraException:  # it is not the only error
             meant = ""
         return f"unknown key {key}{did_you_mean(meant) or f'; where a library takes it, add it as +{key}'}"
@@ -156,7 +156,7 @@ class Loader(ConfigLoaderImpl):
 
 
 def check_hydra(node: DictConfig) -> None:
-    """What Hydra makes of its own keys, before it does.
+    """Checks the classes that Hydra makes of its own keys, before it does.
 
     Raises:
         UserError: a callback, the launcher, the sweeper or its sampler is no class of that kind, an object stands among
@@ -232,7 +232,12 @@ def _no_option(path: str, options: Iterable[str]) -> str:
     group, _, name = path.rpartition("/")
     names = sorted(options)
     said = f"unknown recipe {name!r}; the recipes are" if group == "recipe" else f"{group} has no {name!r}; it has"
-    return f"{said} {', '.join(names)}{did_you_mean(next(iter(difflib.get_close_matches(name, names, n=1)), ''))}"
+    return f"{said} {', '.join(names)}{did_you_mean(nearest(name, names))}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name that is most like one that is not there, "" for none."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), "")
 
 
 def did_you_mean(name: str) -> str:
@@ -240,14 +245,14 @@ def did_you_mean(name: str) -> str:
     return f"; did you mean {name}?" if name else ""
 
 
-def _nearest(config: DictConfig, parts: list[str]) -> str:
+def _nearest_key(config: DictConfig, parts: list[str]) -> str:
     """The key that is most like one that is not there, "" for none."""
     node: Any = config
     for number, part in enumerate(parts):
         keys = [str(key) for key in node] if isinstance(node, DictConfig) else []
         if part not in keys:
-            found = difflib.get_close_matches(part, keys, n=1)
-            return ".".join([*parts[:number], found[0], *parts[number + 1 :]]) if found else ""
+            found = nearest(part, keys)
+            return ".".join([*parts[:number], found, *parts[number + 1 :]]) if found else ""
         node = node[part]
     return ""
 

@@ -9,7 +9,6 @@ _target_: a.b.C     names a frozen dataclass; `build` merges the node into its f
                     types are errors before anything runs, and the ranges are checked by the class itself.
 """
 
-import difflib
 import math
 import os
 import time
@@ -166,8 +165,8 @@ def _structured(cls: Any, values: dict[Any, Any], prefix: str) -> Any:
     for key in values:
         _check_width(values[key], f"{prefix}{key}")
         if key not in known:
-            hint = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{hint[0]}?" if hint else ""))
+            meant = composition.nearest(str(key), known)
+            raise UserError(f"unknown key {prefix}{key}{composition.did_you_mean(meant and prefix + meant)}")
     for key, field in known.items():
         required = field.default is MISSING and field.default_factory is MISSING
         if key not in values and required:

@@ -67,7 +67,7 @@ def is_utf8(text: str) -> bool:
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """What a model wrote, for a stream: as it is for a pipe or a file, `printable` for a terminal."""
+    """A model's text for a stream: as it is for a pipe or a file, `printable` for a terminal."""
     return printable(text) if stream.isatty() else text
 
 
@@ -79,7 +79,7 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def report(error: UserError) -> None:
+def report(error: object) -> None:
     """The one line, on standard error."""
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ from bitnet_train.errors import UserError
 MAX_BYTES = 1 << 20  # a recipe has some thousands
 MAX_VALUES = 100_000
 _CHARACTERS = 64  # of a text that count as one more value
-MAX_DEPTH = 50  # levels; what is read recursively must not end in a RecursionError
+MAX_DEPTH = 50  # levels: OmegaConf ends in a RecursionError before the 100 of JSON
 
 
 @dataclass
@@ -50,7 +50,7 @@ def check_yaml(path: Path, text: str) -> None:
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
-    """What is wrong with a YAML text, and in which line."""
+    """The fault of a YAML text, with its line, in words."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"line {mark.line + 1}: " if mark is not None else ""
     return f"{where}must be YAML: {problem or error}; mend the file"

@@ -139,7 +139,7 @@ def _code_of(command: Sequence[str]) -> object:
 
 
 def _changes(file: Path, original: bytes) -> st.SearchStrategy[tuple[str, bytes]]:
-    """What is done to a file, in words, and its new content."""
+    """A change of a file, in words, and its new content."""
     if file.suffix == ".gguf":
         return _bytes(original, _places(file)) | _keys(file)
     if file.suffix not in (".json", ".jsonl", ".yaml", ".md"):

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 from bitnet_train.data.parts import checked_characters
-from bitnet_train.data.readers import Fields, check_depth, type_name
+from bitnet_train.data.readers import Fields, check_depth
 from bitnet_train.data.sources import Row, located
 from bitnet_train.errors import UserError
-from bitnet_train.formats.json_file import MAX_DEPTH
+from bitnet_train.formats.json_file import MAX_DEPTH, type_name
 
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},

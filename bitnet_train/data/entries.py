@@ -1,4 +1,4 @@
-"""What stands under a name of data: files and folders are read, more than once; nothing else can be."""
+"""Checks of a name of data: files and folders are read, more than once; nothing else can be."""
 
 import os
 import stat
@@ -35,5 +35,5 @@ def is_broken_link(path: Path) -> bool:
 
 
 def unreadable(path: Path | str, error: OSError) -> UserError:
-    """What is said of a path that the operating system refuses."""
+    """The error of a path that the operating system refuses."""
     return UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")

@@ -15,6 +15,7 @@ from tokenizers import normalizers
 
 from bitnet_train.data.pieces import state_of
 from bitnet_train.errors import UserError
+from bitnet_train.formats.tokenizer_faults import tokenizer_faults
 
 MOST = 64  # times as long; NFKD makes 18 characters of one, names such as <|blank_20|> stand for one, too
 _PROBES = [chr(code) for code in range(32, 127)]
@@ -57,8 +58,9 @@ def _growth(steps: Sequence[dict[str, Any]]) -> float:
     growth = 1.0
     for step in steps:
         rule = normalizers.NFC()
-        rule.__setstate__(json.dumps(step).encode())
-        texts = {probe: rule.normalize_str(text) for probe, text in texts.items()}
+        with tokenizer_faults(lambda error: f"tokenizer.json: normalizer: fails on a text ({error}); mend the file"):
+            rule.__setstate__(json.dumps(step).encode())
+            texts = {probe: rule.normalize_str(text) for probe, text in texts.items()}
         growth = max(len(text) / len(probe) for probe, text in texts.items())
         if growth > MOST:
             break

@@ -6,16 +6,16 @@
     owner/name[:config][@split]     a data set of the Hugging Face hub
 
 In a folder these are no rows and left alone: hidden files, run directories, caches, files that describe a data set or
-a model, licences. Where the names of files say what is a train split, other splits are left alone, and told.
+a model, licences. Told, and left alone: links to nothing that are not named as data, subfolders that cannot be listed
+(lost+found). Where the names of files say what is a train split, other splits are left alone, and told.
 """
 
 import glob
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from bitnet_train.data.entries import check_entry, check_name, is_broken_link, unreadable
 from bitnet_train.data.hub import is_hub_id
@@ -93,11 +93,11 @@ def _existing(name: str) -> list[str]:
 
 def _in_folder(folder: Path, split: str | None) -> list[str]:
     """The files of a folder, or of one split of it; without, of train where names tell splits apart."""
-    no_rows: list[str] = []
-    found = {name: _split_of(name, folder) for name in _walk(folder, no_rows)}
-    if no_rows:
-        more = f" and {len(no_rows) - _NAMED} more" if len(no_rows) > _NAMED else ""
-        say_once(f"{folder}: left alone, by their names no rows: {', '.join(sorted(no_rows)[:_NAMED])}{more}")
+    left_alone: dict[str, list[str]] = defaultdict(list)
+    found = {name: _split_of(name, folder) for name in _walk(folder, left_alone)}
+    for reason, names in left_alone.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        say_once(f"{folder}: left alone, {reason}: {', '.join(sorted(names)[:_NAMED])}{more}")
     splits = sorted({of for of in found.values() if of is not None})
     if split is not None and split not in splits:
         has = f"has {', '.join(splits)}" if splits else "tells no splits apart"
@@ -123,14 +123,20 @@ def _split_of(name: str, folder: Path) -> str | None:
     return next((split for split, words in _SPLIT_WORDS.items() if words.search(below)), None)
 
 
-def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
+def _walk(folder: Path, left_alone: dict[str, list[str]]) -> Iterator[str]:
     """The files of known formats and the saved data sets of a folder, at any depth.
 
     Args:
-        no_rows: gets the names of files of known formats that are left alone.
+        left_alone: gets what could have been data and is not read, by the reason.
     """
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+
+    def unlisted(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise unreadable(folder, error)
+        left_alone[f"cannot be read ({error.strerror})"].append(os.path.relpath(error.filename, folder))
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unlisted):
         here, real = Path(root), os.path.realpath(root)
         files.sort()
         if real in seen or CACHE_TAG in files or ".hydra" in folders:  # a circle of links, a cache, a run directory
@@ -145,9 +151,10 @@ def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
             yield str(here)
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in filter(partial(_may_hold_rows, here), files):
-                if _NO_ROWS.fullmatch(name):
-                    no_rows.append(name)
+            for name in files:
+                if reason := _no_rows(here, name):
+                    left_alone[reason].append(name)
+                if reason is not None:
                     continue
                 check_entry(here / name)
                 file = os.path.realpath(here / name)
@@ -156,10 +163,10 @@ def _walk(folder: Path, no_rows: list[str]) -> Iterator[str]:
                     yield str(here / name)
 
 
-def _may_hold_rows(folder: Path, name: str) -> bool:
-    """Whether a file is of a known format; a broken link may have led to a folder, whatever its name."""
-    return not name.startswith(".") and (is_readable(name) or is_broken_link(folder / name))
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise unreadable(error.filename, error)
+def _no_rows(folder: Path, name: str) -> str | None:
+    """Why an entry is left alone, "" where nobody is told; None for one that holds rows."""
+    if name.startswith("."):
+        return ""
+    if not is_readable(name):
+        return "links to nothing" if is_broken_link(folder / name) else ""
+    return "by their names no rows" if _NO_ROWS.fullmatch(name) else None

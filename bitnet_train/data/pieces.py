@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers
 
 from bitnet_train.data.template import MARKS, QUOTE_END, QUOTE_START
-from bitnet_train.errors import UserError
+from bitnet_train.formats.tokenizer_faults import tokenizer_faults
 
 _STEPS = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")  # what is done to a text before its tokens
 
@@ -136,12 +136,8 @@ def encoded(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[in
     Raises:
         UserError: the tokenizer fails on one of them: a regex that tries too much, a word that it has no token for.
     """
-    try:
+    with tokenizer_faults(lambda error: f"tokenizer.json: fails on the text ({error}); give a tokenizer that takes it"):
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    except BaseException as error:  # a panic in Rust is no Exception
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"tokenizer.json: fails on the text ({error}); give a tokenizer that takes it") from None
 
 
 def _encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:

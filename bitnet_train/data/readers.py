@@ -45,7 +45,7 @@ from bitnet_train.data.parts import (
 )
 from bitnet_train.data.tables import Convert, converters
 from bitnet_train.errors import UserError
-from bitnet_train.formats.json_file import MAX_DEPTH, is_deep
+from bitnet_train.formats.json_file import MAX_DEPTH, is_deep, type_name
 
 if TYPE_CHECKING:
     import pyarrow
@@ -75,7 +75,6 @@ PlacedRow = tuple[Place, Fields | UserError]
 Placed = Iterator[PlacedRow]
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_TYPE_NAMES = {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list", "bool": "true or false"}
 ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 _ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
 _READ_AT_ONCE = 1 << 18  # bytes
@@ -126,12 +125,6 @@ def format_of(file: str) -> str:
 def is_readable(file: str) -> bool:
     """Whether the name ends as one of a known format."""
     return _suffixes(file)[0] in _READERS
-
-
-def type_name(value: object) -> str:
-    """The type of a JSON value in words, for messages."""
-    name = type(value).__name__
-    return _TYPE_NAMES.get(name, name)
 
 
 def _suffixes(file: str) -> tuple[str, str]:

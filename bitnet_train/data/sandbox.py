@@ -1,8 +1,9 @@
 """Jinja for templates from strangers: a sandbox with bounds on what one rendering may take.
 
-    steps       1,000,000, and 20 for each character of the conversation. A block that runs (the body of a loop or of a
-                macro, a branch) is one step, so is each part of a list that is made, compared or written, and every
-                500 characters of a text
+    steps       1,000,000, 20 for each character of the conversation and 20 for each pair of its messages (a template
+                may look at all earlier ones for each), of the latter at most 25,000,000. A block that runs (the body of
+                a loop or of a macro, a branch) is one step, so is each part of a list that is made, compared or
+                written, and every 500 characters of a text
     a text      10,000,000 characters, and 10 for each of the conversation, be it written or made on the way
 
 Steps are counted, not seconds: the same template ends in the same place on every machine. What makes a long text or a
@@ -25,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 _STEPS, _STEPS_EACH = 1_000_000, 20
+_STEPS_OF_PAIRS = 25_000_000  # half a minute or two: 1,500 messages have them
 _LONGEST, _LONGEST_EACH = 10_000_000, 10
 _STEPS_OF_CALL = 5
 _AT_ONCE = 500  # characters that count as one step
@@ -180,9 +182,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.tests |= {name: self._counted(name, cast(Callable[..., Any], self.tests[name])) for name in _COMPARING}
         del self.globals["lipsum"]  # random text, as much as is asked for
 
-    def allow(self, characters: int) -> None:
-        """Begins to count anew, for a conversation of so many characters."""
-        self.steps = self._steps = _STEPS + _STEPS_EACH * characters
+    def allow(self, characters: int, messages: int = 0) -> None:
+        """Begins to count anew, for a conversation of so many characters and messages."""
+        pairs = messages * (messages - 1) // 2
+        self.steps = self._steps = _STEPS + _STEPS_EACH * characters + min(_STEPS_EACH * pairs, _STEPS_OF_PAIRS)
         self._longest = _LONGEST + _LONGEST_EACH * characters
 
     @property

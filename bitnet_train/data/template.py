@@ -83,7 +83,7 @@ def render(
     spelled = repr((messages, variables))  # its length, and whether marks are in it, in a tenth of the time of a walk
     if _SPELLED_EDGE in spelled:
         messages, variables = with_strings(messages, _without_edges), with_strings(variables, _without_edges)
-    write = _writer(template, variables, len(spelled))
+    write = _writer(template, variables, len(spelled), len(messages))
     marked = write(messages, add_generation_prompt)
     if _SPAN_START in marked:
         return _split_at_edges(marked)
@@ -159,13 +159,13 @@ def names_in(template: str) -> set[str]:
     return words | meta.find_undeclared_variables(_environment().parse(template))
 
 
-def _writer(template: str, variables: Mapping[str, object], characters: int = 0) -> Write:
-    """Renders a conversation of so many characters or its beginning, within bounds that are in proportion to them."""
+def _writer(template: str, variables: Mapping[str, object], characters: int = 0, count: int = 0) -> Write:
+    """Renders a conversation of so many characters and messages, or its beginning, within bounds that fit them."""
     compiled, environment = _compile(template), _environment()
     given = {"tools": None, "documents": None, **variables}
 
     def write(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        environment.allow(characters)
+        environment.allow(characters, count)
         present = [_as_transformers(message) for message in messages]
         try:
             return compiled.render(given, messages=present, add_generation_prompt=add_generation_prompt)

@@ -33,6 +33,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.atomic import atomic_file
 from bitnet_train.formats.gguf_file import GGUFFile
 from bitnet_train.formats.gguf_tokenizer import GGUFTokenizer
+from bitnet_train.formats.tokenizer_faults import tokenizer_faults
 from bitnet_train.formats.tokenizer_folder import read_config, read_stop_ids, templates_of, token_of
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -167,10 +168,8 @@ class Tokenizer:
             return cls.from_gguf(GGUFTokenizer(folder, GGUFFile(folder).metadata))
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json; name a folder that has one, as save_pretrained writes it")
-        try:
+        with tokenizer_faults(lambda error: f"{folder / 'tokenizer.json'}: not a tokenizer ({error})"):
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the only type that tokenizers raises
-            raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
         return cls(backend, read_config(folder), read_stop_ids(folder))
 
     @classmethod
@@ -266,7 +265,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of ids; incomplete UTF-8 sequences become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with tokenizer_faults(
+            lambda error: f"tokenizer.json: fails on ids ({error}); give a tokenizer that takes them"
+        ):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, without special tokens; the pieces joined are what `decode` returns.

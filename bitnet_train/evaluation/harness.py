@@ -183,7 +183,7 @@ def _named(request: Instance) -> Iterator[None]:
 
 
 def _texts(*values: object) -> list[str]:
-    """What a task made of a row. Raises UserError where it is no text."""
+    """The text that a task made of a row. Raises UserError where it is none."""
     texts = [value for value in values if isinstance(value, str) and is_utf8(value)]
     if len(texts) < len(values):
         raise UserError(f"the task must make texts of a row, got {values}")
@@ -256,7 +256,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _fault_of_task(error: Exception, tasks: Sequence[str]) -> UserError:
-    """What a task's YAML, code or rows led to, with the place, which helps who wrote code of their own."""
+    """The error of a task's YAML, code or rows, with the place, which helps who wrote code of their own."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 from bitnet_train.data.chat import encode_answer
 from bitnet_train.data.conversation import Message, check_text
-from bitnet_train.data.readers import type_name
 from bitnet_train.data.sources import Row, located, read_rows
 from bitnet_train.data.tokenizer import Tokenizer
 from bitnet_train.errors import UserError
 from bitnet_train.evaluation.scoring import Request, check_fits, request_of, score
+from bitnet_train.formats.json_file import type_name
 from bitnet_train.generate import prompt_ids_of, stream, until
 from bitnet_train.model.decoder import BitNetForCausalLM
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, printable, run_command
+from bitnet_train.errors import EXIT_FAILURE, ArgumentParser, UserError, printable, report, run_command
 from bitnet_train.export import hub, runtimes
 from bitnet_train.export.exporter import DTYPES, ExportResult, export
 from bitnet_train.export.readback import NotVerifiedError
@@ -60,13 +60,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = _export(args)
     except OSError as error:
-        print(
-            printable(f"error: {args.target}: cannot be written: {error.strerror}; nothing was changed"),
-            file=sys.stderr,
-        )
+        report(f"{args.target}: cannot be written: {error.strerror}; nothing was changed")
         return EXIT_FAILURE
     except NotVerifiedError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        report(error)
         return EXIT_FAILURE
     _tell(result, bool(args.verify))
     if args.push_to_hub:
@@ -144,8 +141,8 @@ def _tell(result: ExportResult, in_full: bool) -> None:
         print(printable(str(result.verification)))
     for account in result.accounts if in_full else ():
         print(printable(str(account)))
-    for report in result.reports:
-        for line in report.lines():
+    for comparison in result.reports:
+        for line in comparison.lines():
             print(printable(line.text))
 
 

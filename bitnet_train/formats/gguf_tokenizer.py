@@ -22,6 +22,7 @@ from bitnet_train.errors import UserError
 from bitnet_train.formats.json_file import check, write_json
 from bitnet_train.formats.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, steps_of
 from bitnet_train.formats.schemas import GGUF_TOKENIZER
+from bitnet_train.formats.tokenizer_faults import tokenizer_faults
 from bitnet_train.formats.tokenizer_files import END_OF_TURN, STOPS_BY_NAME, Roles, TokenType, unchanged
 
 _PREFIX = "tokenizer."
@@ -90,10 +91,8 @@ class GGUFTokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """The library's tokenizer, a new one."""
         text = json.dumps(self.tokenizer_json)
-        try:
+        with tokenizer_faults(lambda error: f"{self.path}: tokenizer.ggml.merges: {error}; {_OTHERWISE}"):
             return tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the only type that tokenizers raises
-            raise UserError(f"{self.path}: tokenizer.ggml.merges: {error}; {_OTHERWISE}") from None
 
     def _check_keys(self) -> None:
         tokens, types = self._required("tokens"), self._required("token_type")

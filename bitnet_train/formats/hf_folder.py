@@ -11,7 +11,7 @@
     autobitlinear, offline          "packed": codes and `<weight>_scale` = g, by which the product is multiplied
     bitlinear                       "packed": codes and `<weight>_scale` = 1 / g, by which the product is divided
 
-Where linear_class or quantization_mode is absent, transformers takes bitlinear and offline.
+Where linear_class or quantization_mode is absent or null, transformers takes bitlinear and offline.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def folder_kind(folder: Path) -> Kind:
             f"{path}: quantization_config.use_rms_norm must be false, got true: the model has a norm in every linear "
             "layer, which this decoder lacks"
         )
-    mode = quantization.get("quantization_mode", "offline")
+    mode = quantization.get("quantization_mode") or "offline"
     kind = _KINDS.get((linear_class(quantization), mode))
     if kind is None:
         raise UserError(
@@ -79,7 +79,7 @@ def folder_kind(folder: Path) -> Kind:
 
 def linear_class(quantization: Mapping[str, Any]) -> str:
     """linear_class, which decides what weight_scale means: g for autobitlinear, 1 / g for bitlinear."""
-    name: str = quantization.get("linear_class", "bitlinear")
+    name: str = quantization.get("linear_class") or "bitlinear"
     return name
 
 

@@ -19,9 +19,10 @@ from bitnet_train.errors import UserError
 
 MAX_DEPTH = 100  # levels: what is read recursively must not end in a RecursionError; real files have ten
 _CONTAINERS = frozenset((dict, list))
-_TYPE_NAMES = {
-    "object": "an object",
-    "array": "a list",
+_TYPE_NAMES = {  # by the names of JSON Schema, which msgspec writes, and of Python
+    **dict.fromkeys(("object", "dict"), "an object"),
+    **dict.fromkeys(("array", "list"), "a list"),
+    "NoneType": "null",
     "str": "a string",
     "int": "an integer",
     "float": "a number",
@@ -117,6 +118,11 @@ def _in_words(problem: str) -> str:
 
 def _named(types: str) -> str:
     return " or ".join(_TYPE_NAMES.get(name, name) for name in types.split(" | "))
+
+
+def type_name(value: object) -> str:
+    """The type of a JSON value in words, for messages."""
+    return _named(type(value).__name__)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""What is read of the files of a model that others wrote, and the types that it must have: see `json_file`.
+"""The fields that are read of files of a model that others wrote, and their types: see `json_file`.
 
     ModelFolder          config.json: what says which folder it is
     Config               config.json of a model that is ours: sizes, positions, ids
@@ -21,6 +21,7 @@ from bitnet_train.formats.gguf_bitnet import ARCHITECTURES, FLOAT_KEYS, INTEGER_
 _MOST = 3.4028234663852886e38  # of float32, in which all of it is computed
 _Float = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
 _Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Whole = Annotated[float, Meta(ge=-(2.0**53), le=2.0**53)]  # an integer, written as 4096.0 too
 _Ids = _Int | list[_Int] | None
 
 
@@ -31,7 +32,7 @@ class Rope(TypedDict, total=False):
     rope_type: str | None
     rope_theta: _Float | None
     factor: _Float | None
-    original_max_position_embeddings: _Int | None
+    original_max_position_embeddings: _Whole | None
     low_freq_factor: _Float | None
     high_freq_factor: _Float | None
     attention_factor: _Float | None
@@ -47,8 +48,8 @@ class Quantization(TypedDict, total=False):
     """quantization_config."""
 
     quant_method: str | None
-    linear_class: str
-    quantization_mode: str
+    linear_class: str | None
+    quantization_mode: str | None
     use_rms_norm: bool | None
     modules_to_not_convert: list[str] | None
 

@@ -23,13 +23,13 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class ModelIdentity(TypedDict):
-    """What an export reads of the run's identity: the model's config.json."""
+    """The part of the run's identity that an export reads: the model's config.json."""
 
     model: str
 
 
 class ModelState(TypedDict):
-    """What an export reads."""
+    """The fields that an export reads."""
 
     identity: ModelIdentity
     model: dict[str, Any]
@@ -45,14 +45,14 @@ class Generators(TypedDict):
 
 
 class RankState(TypedDict):
-    """What every rank has for itself."""
+    """The fields that every rank has for itself."""
 
     rng: Generators
     since_log: dict[str, Tensor]
 
 
 class RunState(TypedDict):
-    """What a run reads that goes on from it; see `training.state`."""
+    """The fields that a run reads to go on; see `training.state`."""
 
     identity: dict[str, Any]
     step: Count

@@ -23,6 +23,7 @@ from bitnet_train.formats.json_file import read_json, write_json
 from bitnet_train.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, cuts_of
 from bitnet_train.formats.private_paths import without_paths
 from bitnet_train.formats.schemas import GenerationConfig, TokenizerConfig, TokenizerJson
+from bitnet_train.formats.tokenizer_faults import tokenizer_faults
 from bitnet_train.formats.tokenizer_folder import read_config, templates_of, token_of
 
 BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"  # LLaMA-3's names
@@ -96,10 +97,8 @@ class TokenizerFiles:
     def _backend(self) -> tokenizers.Tokenizer:
         """The library's reading of tokenizer.json: it gives ids of its own to added tokens out of their place."""
         self._tokenizer  # noqa: B018  (for its message, where the file is no JSON)
-        try:
+        with tokenizer_faults(lambda error: f"{self.path}: not a tokenizer ({error})"):
             return tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the only type that tokenizers raises
-            raise UserError(f"{self.path}: not a tokenizer ({error})") from None
 
     @cached_property
     def _added(self) -> dict[int, tokenizers.AddedToken]:
@@ -351,9 +350,10 @@ class TokenizerFiles:
         """Whether merging the bytes of each token gives that token: ignore_merges then changes nothing."""
         model = self._tokenizer["model"]
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-        merging = tokenizers.models.BPE(vocab=model["vocab"], merges=merges)
         words = (token for token, id_ in model["vocab"].items() if id_ not in self._added)
-        return all(len(merging.tokenize(word)) == 1 for word in words)
+        with tokenizer_faults(lambda error: f"{self.path}: model.merges: {error}; mend the file"):
+            merging = tokenizers.models.BPE(vocab=model["vocab"], merges=merges)
+            return all(len(merging.tokenize(word)) == 1 for word in words)
 
 
 def _without_generation(template: str) -> str:

@@ -2,7 +2,8 @@
 
 The library lies in `user_cache()` under a name made of the source, the compiler's command and version, the flags and
 the processor, so that a home folder shared by different machines holds one for each. It is loaded where nobody else
-can have written it (`own_files`); one that is not as it was compiled is compiled again.
+can have written it (`own_files`); one that is not as it was compiled is compiled again. Where the cache is not the
+user's alone (a container's user, a folder of a group), each process compiles its own in the temporary folder.
 BITNET_TRAIN_NATIVE=0 in the environment turns it off.
 """
 
@@ -80,9 +81,12 @@ def _compiler() -> list[str]:
 
 def _compiled(compiler: list[str]) -> int:
     """A descriptor of the library for this source, compiler and processor; compiled where it is not there as it was."""
-    cache = user_cache()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = own_folder(cache) / f"native-{_fingerprint(compiler)}.so"
+    try:
+        cache = _own_cache()
+    except OSError as error:
+        logger.warning("the C++ passes are compiled at every start, and not kept: %s", error)
+        return _compiled_for_now(compiler)
+    path = cache / f"native-{_fingerprint(compiler)}.so"
     try:
         return open_own(path)
     except FileNotFoundError:
@@ -91,6 +95,21 @@ def _compiled(compiler: list[str]) -> int:
         logger.warning("the C++ passes are compiled again: %s", error)
     _compile(compiler, path)
     return open_own(path)
+
+
+def _own_cache() -> Path:
+    """The folder of the libraries. Raises OSError where others can change it, or there can be none."""
+    cache = user_cache()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return own_folder(cache)
+
+
+def _compiled_for_now(compiler: list[str]) -> int:
+    """A descriptor of a library without a name, for this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = own_folder(Path(folder)) / "native.so"
+        _compile(compiler, path)
+        return open_own(path)
 
 
 def _compile(compiler: list[str], path: Path) -> None:

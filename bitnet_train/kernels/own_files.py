@@ -64,7 +64,9 @@ def _check(status: os.stat_result, path: Path) -> None:
         raise PermissionError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     alone = stat.S_ISLNK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)  # in /tmp each removes only their own
     if not alone and _others_write(status):
-        raise PermissionError(f"{path} can be written by others: chmod go-w {path}")
+        raise PermissionError(
+            f"{path} can be written by others: chmod go-w {path}, or set XDG_CACHE_HOME to a folder of your own"
+        )
 
 
 def _trusted() -> set[int]:

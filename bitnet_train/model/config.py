@@ -189,4 +189,13 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], trained: int) -> RopeScali
         raise UserError(f"rope_scaling.factor must be set for rope_type {rope_type!r}, got none")
     if rope_type != "linear" and values.get("original_max_position_embeddings") is None:
         values["original_max_position_embeddings"] = trained
+    if (length := values.get("original_max_position_embeddings")) is not None:
+        values["original_max_position_embeddings"] = _whole(length)
     return RopeScaling(rope_type, **values)
+
+
+def _whole(length: float) -> int:
+    """A length that was written as 4096.0, too."""
+    if length != int(length):
+        raise UserError(f"rope_scaling.original_max_position_embeddings must be a whole number, got {length}")
+    return int(length)

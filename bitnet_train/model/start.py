@@ -48,7 +48,7 @@ _INSERTED = re.compile(r"\.(attn_sub_norm|ffn_sub_norm)\.weight$")
 
 @dataclass(frozen=True)
 class StartReport:
-    """What became of every tensor, by name: those of the folder copied or left out, those of the model initialised.
+    """The fate of every tensor, by name: those of the folder copied or left out, those of the model initialised.
 
     Attributes:
         added_rows: rows of the vocabulary that the folder lacks.
@@ -125,9 +125,8 @@ def _check_representable(config: Mapping[str, Any]) -> None:
         raise UserError("mlp_bias must be false in a BitNet, got true; start from another model")
 
 
-def _check_sizes(folder: Path, config: BitNetConfig) -> None:
+def _check_sizes(folder: Path, stored: BitNetConfig, config: BitNetConfig) -> None:
     """The vocabulary alone may grow."""
-    stored = starting_config(folder)
     for name in (*_SIZES, "num_key_value_heads"):
         there, here = getattr(stored, name), getattr(config, name)
         grows = name == "vocab_size"
@@ -157,23 +156,22 @@ def start_from(folder: Path, config: BitNetConfig) -> tuple[BitNetForCausalLM, S
     Raises:
         UserError: a size is changed, or a tensor is missing, has another shape, or has no place in the decoder.
     """
-    _check_sizes(folder, config)
-    source = master_folder(folder)
+    stored, source = starting_config(folder), master_folder(folder)
+    _check_sizes(folder, stored, config)
     model_type = source.config.get("model_type")
     if model_type in DENSE_TYPES:
         _check_window(folder, source.config, config)
-    check_sizes(folder, config, source.shapes)
+    check_sizes(folder, stored, source.shapes)
     model = BitNetForCausalLM(config)
     parameters = dict(model.named_parameters())
     initialised = [name for name in parameters if name not in source.tensors and _may_be_new(name, model_type)]
     check_modules(folder / CONFIG, source.config.get("quantization_config"), config)
     unused = sorted(left_out(source, parameters, config))
     copied = [name for name in parameters if name not in initialised]
-    stored = starting_config(folder).vocab_size
-    added = config.vocab_size - stored
+    added = config.vocab_size - stored.vocab_size
     for name in copied:
         if added and name in _BY_TOKEN:
-            _copy_rows(source, name, parameters[name], stored)
+            _copy_rows(source, name, parameters[name], stored.vocab_size)
         else:
             copy_tensor(source, name, parameters[name])
     return model, StartReport(f"{folder} ({model_type})", config, copied, initialised, unused, added)

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Status(TypedDict):
-    """What the file holds."""
+    """The fields of the file."""
 
     state: str
     step: int | None

@@ -1,4 +1,4 @@
-"""What is added to Hydra's composition, without a run."""
+"""Additions to Hydra's composition, without a run."""
 
 import shlex
 from collections.abc import Iterator

@@ -324,7 +324,9 @@ def bad(tmp_path: Path) -> str:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_the_first_bad_row_is_an_error(bad: str, num_proc: int) -> None:
-    with pytest.raises(UserError, match=rf"^{re.escape(bad)}:4: text must be a string, got int \(.*data.bad_rows=skip"):
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(bad)}:4: text must be a string, got an integer \(.*data.bad_rows=skip"
+    ):
         build(bad, num_proc=num_proc)
     assert stores(bad) == []
     assert not list(Path(bad).parent.glob("cache/tokens/*.partial"))

@@ -171,7 +171,7 @@ def test_bad_tools(given: object, message: str) -> None:
         ({"messages": [USER, {"role": "assistant", "content": "a\0"}]}, "NUL"),
         ({"messages": [USER, {"role": "assistant", "content": "\udc80"}]}, "lone surrogates"),
         ({"instruction": "Q", "output": ""}, "output is empty"),
-        ({"instruction": "Q", "input": 3, "output": "A"}, "input must be a string, got int"),
+        ({"instruction": "Q", "input": 3, "output": "A"}, "input must be a string, got an integer"),
         ({"prompt": "Q", "completion": None}, "no conversation"),
     ],
 )

@@ -87,10 +87,13 @@ def test_a_device_is_refused(name: str) -> None:
         read_rows(name)
 
 
-def test_a_link_that_led_to_a_folder_is_not_passed_over(folder: Path) -> None:
-    (folder / "more").symlink_to("/nope")
+def test_a_link_that_is_not_named_as_data_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("more", "notes.md"):
+        (folder / name).symlink_to("/nope")
+    assert expand(str(folder)) == [str(folder / "good.jsonl")]
+    assert capsys.readouterr().err == f"data: {folder}: left alone, links to nothing: more, notes.md\n"
     with pytest.raises(UserError, match="/more: a broken symbolic link to /nope"):
-        expand(str(folder))
+        expand(str(folder / "more"))
 
 
 def test_what_is_no_data_may_be_anything(folder: Path) -> None:
@@ -124,8 +127,10 @@ def test_a_name_that_cannot_exist_is_one_line(name: str) -> None:
         expand(name)
 
 
-def test_a_folder_that_cannot_be_listed_is_not_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "shut").mkdir()
+def test_a_folder_that_cannot_be_listed_is_told_and_refused_where_it_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "deep" / "shut").mkdir(parents=True)
     listed = os.scandir
 
     def scandir(path: str) -> object:  # as root, no mode shuts a folder
@@ -134,8 +139,10 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(folder: Path, monkeyp
         return listed(path)
 
     monkeypatch.setattr("os.scandir", scandir)
+    assert expand(str(folder)) == [str(folder / "good.jsonl")]
+    assert capsys.readouterr().err == f"data: {folder}: left alone, cannot be read (Permission denied): deep/shut\n"
     with pytest.raises(UserError, match=r"/shut: cannot be read \(Permission denied\); check the path and its perm"):
-        expand(str(folder))
+        expand(str(folder / "deep" / "shut"))
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])

@@ -53,7 +53,7 @@ def without_the_answer(row: Row) -> Fields:
 VARIANTS: dict[str, tuple[Callable[[Row], str], str]] = {
     "bad JSON": (lambda row: json.dumps(row("A"))[:-1], "the line is no JSON"),
     "no object": (lambda row: json.dumps([row("A")]), "the line is a list; write one object per line"),
-    "wrong type": (lambda row: json.dumps(row(3)), "must be a string, got int"),
+    "wrong type": (lambda row: json.dumps(row(3)), "must be a string, got an integer"),
     "parts instead of text": (
         lambda row: json.dumps(row({"text": "A"})),
         r"must be .*got an object|must be one of .*got None",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bitnet_train.data.sandbox import BoundedEnvironment
 from bitnet_train.data.template import BITNET_CHAT_TEMPLATE, render
 from bitnet_train.errors import UserError
 from tests.families import chat
@@ -105,6 +106,26 @@ def test_a_long_conversation_and_large_tools_pass() -> None:
     assert render(messages[:2000], gathering, tools=tools).text == json.dumps(tools, indent=4) + "".join(
         message["content"] for message in messages[:2000]
     )
+
+
+LOOKING_BACK = (
+    "{% generation %}{% endgeneration %}{% for m in messages %}{% for earlier in messages[: loop.index0] %}"
+    "{% if earlier.role == 'tool' %}x{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("count", [600, 1500])
+def test_a_template_may_look_at_all_earlier_messages(count: int) -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(count)]
+    assert render(messages, LOOKING_BACK).text == ""
+
+
+def test_steps_for_pairs_of_messages_have_an_end() -> None:
+    environment = BoundedEnvironment({})
+    environment.allow(0, 10)
+    assert environment.steps == 1_000_000 + 20 * 45
+    environment.allow(0, 1_000_000)
+    assert environment.steps == 26_000_000
 
 
 def test_one_rendering_takes_nothing_from_the_next() -> None:

@@ -183,7 +183,7 @@ def test_torn_counts_are_counted_anew(corpus: Path, damage: bytes | None) -> Non
 
 def test_a_bad_row_is_named_before_the_first_step_or_skipped(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = re.escape(f"{corpus}/a.jsonl:7")
-    with pytest.raises(UserError, match=rf"^{where}: text must be a string, got int .*data\.bad_rows=skip\)$"):
+    with pytest.raises(UserError, match=rf"^{where}: text must be a string, got an integer .*data\.bad_rows=skip\)$"):
         streamed(corpus, bad_rows="error")
     for _ in range(2):
         streamed(corpus)

@@ -190,11 +190,22 @@ def test_where_a_chat_template_comes_from(tokenizer: Tokenizer, folder: Path) ->
     assert Tokenizer.from_folder(folder).fingerprint != tokenizer.fingerprint
 
 
+PANIC = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": None},
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer.json", None, "no tokenizer.json"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", PANIC, "tokenizer.json: not a tokenizer"),
         ("tokenizer_config.json", "{", "tokenizer_config.json: must be JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object, got list"),
         ("tokenizer_config.json", '{"bos_token": "<s>"}', "bos_token '<s>' is no token of tokenizer.json"),

@@ -12,7 +12,7 @@ from bitnet_train.formats.hf_folder import HFFolder, folder_kind
 from bitnet_train.formats.json_file import read_json, write_json
 
 
-def write_config(folder: Path, **quantization: str) -> None:
+def write_config(folder: Path, **quantization: str | None) -> None:
     config = {"model_type": "bitnet", "quantization_config": quantization or None}
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -27,7 +27,14 @@ def test_kinds(tmp_path: Path) -> None:
     assert folder_kind(tmp_path) == "packed"
 
 
-@pytest.mark.parametrize("quantization", [{}, {"linear_class": "bitlinear", "quantization_mode": "offline"}])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {},
+        {"linear_class": None, "quantization_mode": None},
+        {"linear_class": "bitlinear", "quantization_mode": "offline"},
+    ],
+)
 def test_the_layout_that_stores_the_inverse_scale_is_what_transformers_takes_by_default(
     tmp_path: Path, quantization: dict[str, str]
 ) -> None:

@@ -187,6 +187,9 @@ def test_any_gain_and_any_default_dtype(in_torch: pytest.MonkeyPatch) -> None:
         assert torch.equal(got, want)
 
 
+NO_FOLDER = "/proc/self/none"
+
+
 def library_file(folder: Path) -> Path:
     """The only library of a cache, compiled from `source`."""
     os.close(native._compiled(["c++"]))
@@ -194,11 +197,58 @@ def library_file(folder: Path) -> Path:
     return file
 
 
-def test_a_folder_that_others_can_write_has_no_library(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "bitnet_train").mkdir()
-    (tmp_path / "bitnet_train").chmod(0o777)
-    with pytest.raises(PermissionError, match=r"bitnet_train can be written by others: chmod go-w .*bitnet_train$"):
-        native._compiled(["c++"])
+def by_a_wide_mode(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    cache.chmod(0o2777)
+
+
+def by_another_owner(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root in a container, with the cache of the user outside."""
+    cache.mkdir()
+    os.chown(cache, 12345, 12345)
+
+
+def by_a_path_without_folders(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", NO_FOLDER)  # as root, no mode is read-only
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (by_a_wide_mode, "bitnet_train can be written by others: chmod go-w"),
+        pytest.param(
+            by_another_owner,
+            "bitnet_train belongs to another user; set XDG_CACHE_HOME to a folder of your own",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away"),
+        ),
+        (by_a_path_without_folders, f"No such file or directory: '{NO_FOLDER}"),
+    ],
+)
+def test_where_the_cache_is_not_ones_own_the_library_is_for_this_process(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    harm: Callable[[Path, pytest.MonkeyPatch], object],
+    message: str,
+) -> None:
+    harm(tmp_path / "bitnet_train", monkeypatch)
+    loaded = ctypes.CDLL(f"/proc/self/fd/{native._compiled(['c++'])}")
+    assert ctypes.c_int.in_dll(loaded, "number").value == 1
+    assert len(caplog.messages) == 1
+    assert "compiled at every start" in caplog.messages[0]
+    assert message in caplog.messages[0]
+    assert not [*(tmp_path / "bitnet_train").glob("*")]
+
+
+def test_a_temporary_folder_of_others_has_no_library(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "open"))
+    with pytest.raises(PermissionError, match="/open can be written by others"):
+        native._compiled_for_now(["c++"])
 
 
 def by_a_link(file: Path) -> None:
@@ -338,9 +388,6 @@ def test_one_library_per_source_and_compiler(source: Path, tmp_path: Path) -> No
     assert len(compiled("g++")) == 3
 
 
-NO_FOLDER = "/proc/self/none"
-
-
 @pytest.mark.parametrize(
     ("environment", "warning"),
     [
@@ -348,7 +395,6 @@ NO_FOLDER = "/proc/self/none"
         ({"CXX": "/bin/false"}, "returned non-zero exit status 1"),
         ({"CXX": "g++ 'x"}, "CXX is no command (No closing quotation): g++ 'x"),
         ({"CXX": "/no/compiler"}, "No such file or directory: '/no/compiler'"),
-        ({"XDG_CACHE_HOME": NO_FOLDER}, f"No such file or directory: '{NO_FOLDER}"),  # as root, no mode is read-only
     ],
 )
 def test_without_a_working_compiler_torch_computes(

@@ -10,6 +10,13 @@ from bitnet_train.model.config import BitNetConfig
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
+def test_a_length_may_be_written_as_a_float() -> None:
+    rope = {**YARN, "original_max_position_embeddings": 4096.0}
+    scaling = BitNetConfig.from_json({"model_type": "bitnet", "rope_scaling": rope}).rope_scaling
+    assert scaling is not None
+    assert repr(scaling.original_max_position_embeddings) == "4096"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -44,6 +51,8 @@ def test_what_transformers_takes_is_taken(fields: dict[str, Any]) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor: must be a number or null"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor must be set for rope_type 'linear'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "rope_scaling.factor must be set"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 4096.5}}, "rope_scaling.original_max_position"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 1e30}}, "rope_scaling.original_max_position"),
         ({"rope_scaling": {**YARN, "beta_fast": True}}, "rope_scaling.beta_fast: must be a number or null"),
         ({"rope_scaling": {**YARN, "mscale": 1e30, "mscale_all_dim": -1e30}}, "rope_scaling.mscale_all_dim must"),
         ({"rope_scaling": {**YARN, "beta_slow": 1e-320}}, "rope_scaling.beta_slow must"),

@@ -69,7 +69,7 @@ def wandb_config(folder: Path, **values: object) -> DictConfig:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """What W&B is begun with; it begins no run."""
+    """The arguments that W&B is begun with; it begins no run."""
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(WandbLogger, "__init__", lambda self, **values: calls.append(values))
     for name in ("WANDB_NAME", "WANDB_RUN_ID"):

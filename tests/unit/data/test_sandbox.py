@@ -114,9 +114,8 @@ LOOKING_BACK = (
 )
 
 
-@pytest.mark.parametrize("count", [600, 1500])
-def test_a_template_may_look_at_all_earlier_messages(count: int) -> None:
-    messages = [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(count)]
+def test_a_template_may_look_at_all_earlier_messages() -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(1500)]
     assert render(messages, LOOKING_BACK).text == ""
 
 

@@ -438,7 +438,7 @@ class _PlainFile(io.BufferedReader):
 
 
 class _Bounded(io.RawIOBase):
-    """What a compressed file holds.
+    """The content of a compressed file, within bounds.
 
     Raises (while reading):
         UserError: it is more than any text is compressed to.

@@ -148,7 +148,7 @@ def read_blocks(
 
 
 def _row_of(file: str, start: Place, end: Place, content: Fields | UserError) -> Row | BadRow:
-    """What a reader found between two places."""
+    """A row, or a part of one, that a reader found between two places."""
     number = end.number + bool(end.inside)
     if isinstance(content, UserError):
         return BadRow(UserError(f"{file}:{number}: {content}"))

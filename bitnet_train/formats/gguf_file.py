@@ -87,14 +87,17 @@ def write_gguf(
 def _write(
     path: Path, header: bytes, tensors: Mapping[str, LazyBlocks], written: Callable[[Path, str], object]
 ) -> None:
+    data_size = sum(tensor_bytes(kind, shape) + _padding(kind, shape) for kind, shape, _ in tensors.values())
     with path.open("wb") as file:
         file.write(header)
+        file.truncate(len(header) + data_size)  # who reads what is written so far finds a file as large as it says
         calls = list(_tensor_data(tensors))
         for (ended, _), part in zip(calls, ahead(call for _, call in calls), strict=True):
             file.write(part)
             if ended is not None:
                 file.flush()
                 written(path, ended)
+        assert file.tell() == len(header) + data_size
 
 
 def _header(
@@ -117,8 +120,11 @@ def _tensor_infos(tensors: Mapping[str, LazyBlocks]) -> Iterator[bytes]:
     for name, (kind, shape, _) in tensors.items():
         dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         yield _packed(name) + dimensions + struct.pack("<IQ", int(kind), offset)
-        size = tensor_bytes(kind, shape)
-        offset += size + -size % _ALIGNMENT
+        offset += tensor_bytes(kind, shape) + _padding(kind, shape)
+
+
+def _padding(kind: GGMLType, shape: tuple[int, ...]) -> int:
+    return -tensor_bytes(kind, shape) % _ALIGNMENT
 
 
 def _packed(text: str) -> bytes:
@@ -173,7 +179,7 @@ def _tensor_data(
     """What makes the bytes of every tensor, each padded to the alignment; with the padding the tensor's name."""
     for name, (kind, shape, parts) in tensors.items():
         yield from ((None, part) for part in parts)
-        yield name, partial(bytes, -tensor_bytes(kind, shape) % _ALIGNMENT)
+        yield name, partial(bytes, _padding(kind, shape))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from bitnet_train.data import counting, parts, readers, tokenizer, workers
 from bitnet_train.data.cache import tokenized
 from bitnet_train.data.config import TextData
 from bitnet_train.data.encoding import TextEncoder
+from bitnet_train.data.notices import say_once
 from bitnet_train.data.parts import anywhere, at_blanks, cut_text
 from bitnet_train.data.readers import START, read_from
 from bitnet_train.data.sources import read_rows
@@ -55,6 +56,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "WINDOW", PART + CONTEXT)
     monkeypatch.setattr(readers, "_READ_AT_ONCE", 97)
     monkeypatch.setattr(counting, "BLOCK_CHARACTERS", 300)
+    say_once.cache_clear()
 
 
 def text_of(lines: int, seed: int = 0) -> str:

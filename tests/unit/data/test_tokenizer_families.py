@@ -235,7 +235,7 @@ def test_the_token_that_closes_an_answer_stops_a_generation(tmp_path: Path) -> N
 def test_what_generation_config_stops_at_stops_a_generation(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt-2")
     before = Tokenizer.from_folder(folder).fingerprint
-    (folder / "generation_config.json").write_text('{"eos_token_id": [320, 322, null, -1, 1000000000000]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [320, 322, -1, 1000000000000]}')
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.stop_token_ids == (322, 320)
     assert tokenizer.fingerprint != before  # the mask of an answer ends with a stop token

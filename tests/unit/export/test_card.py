@@ -143,5 +143,5 @@ def test_the_licence_and_the_name_go_into_a_gguf_file(master: Path, tmp_path: Pa
 
 def test_front_matter_that_is_no_yaml_is_refused(master: Path, tmp_path: Path) -> None:
     (master / "README.md").write_text("---\na: [\n---\n")
-    with pytest.raises(UserError, match=r"README\.md: must be YAML"):
+    with pytest.raises(UserError, match=r"README\.md: line 2: must be YAML"):
         export(master, tmp_path / "packed")

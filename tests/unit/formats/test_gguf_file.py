@@ -116,16 +116,30 @@ def test_the_gguf_library_reads_what_it_knows(tmp_path: Path) -> None:
 
 
 def test_tensors_are_made_when_their_turn_has_come(tmp_path: Path) -> None:
-    sizes: list[int] = []
+    written: list[str] = []
+    before: list[int] = []
 
     def load() -> bytes:
-        (temporary,) = tmp_path.iterdir()
-        sizes.append(temporary.stat().st_size >> 20)
+        before.append(len(written))
         return bytes(1 << 20)
 
-    write_gguf(tmp_path / "file", "a", {}, {f"w{i}": LazyBlocks(GGMLType.F32, (1 << 18,), [load]) for i in range(20)})
-    assert len(sizes) == 20
-    assert all(index - 4 <= size <= index for index, size in enumerate(sizes))  # made a few parts ahead of the file
+    tensors = {f"w{i}": LazyBlocks(GGMLType.F32, (1 << 18,), [load]) for i in range(20)}
+    write_gguf(tmp_path / "file", "a", {}, tensors, lambda _, name: written.append(name))
+    assert len(before) == 20
+    assert all(index - 4 <= count <= index for index, count in enumerate(before))  # made a few parts ahead of the file
+
+
+def test_a_file_that_is_being_written_is_as_large_as_it_will_be(tmp_path: Path) -> None:
+    """Its header says more values than the bytes of its first tensors could hold."""
+    sizes: list[int] = []
+
+    def read(file: Path, name: str) -> None:
+        sizes.append(file.stat().st_size)
+        GGUFFile(file).read(name, 0, None)
+
+    tensors = {f"w{i}": LazyBlocks(GGMLType.F32, (50,), [lambda: bytes(200)]) for i in range(60)}
+    write_gguf(tmp_path / "file", "a", {}, tensors, read)
+    assert {*sizes} == {(tmp_path / "file").stat().st_size}
 
 
 def test_a_tensor_can_be_read_as_soon_as_it_is_told(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """How fast the quickstart's pre-training is beside programs that keep cores busy, by how OpenMP's threads wait.
 
-    passive    a thread that waits for others sleeps: what `bitnet_train/__init__.py` sets
-    spinning   it first looks 300,000 times, some milliseconds: what GNU's OpenMP does where nothing is said
+    ours       what `bitnet_train/__init__.py` sets: a thread that waits for others looks 1,000 times, then it sleeps
+    spinning   it looks 300,000 times, some milliseconds: what GNU's OpenMP does where nothing is said
     N          it looks N times (GOMP_SPINCOUNT)
 
     python tools/prepare_quickstart.py && python tools/benchmark_waiting.py [--busy 0 1 2] [--ranks 1] [--rounds 3]
@@ -49,7 +49,7 @@ def busy(count: int) -> Iterator[None]:
 def rate(way: str, ranks: int, steps: int) -> float:
     """Tokens per second of a run."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_WAIT", "GOMP_"))}
-    variables |= {} if way == "passive" else {"GOMP_SPINCOUNT": SPINNING if way == "spinning" else way}
+    variables |= {} if way == "ours" else {"GOMP_SPINCOUNT": SPINNING if way == "spinning" else way}
     with tempfile.TemporaryDirectory(prefix="benchmark-waiting-") as folder:
         words = [
             *("+recipe=quickstart-pretrain", f"run_dir={folder}", f"max_steps={steps}", "schedule.warmup_steps=1"),
@@ -79,7 +79,7 @@ def main() -> None:
     """Reads the command line, measures, prints the table."""
     parser = ArgumentParser(description="Benchmark training beside busy processes.")
     parser.add_argument("--busy", nargs="+", type=integer(0), default=[0, 1, 2], help="processes that take a core each")
-    parser.add_argument("--ways", nargs="+", default=["passive"], help="passive, or a number of looks")
+    parser.add_argument("--ways", nargs="+", default=["ours"], help="ours, or a number of looks")
     parser.add_argument("--ranks", type=integer(1), default=1, help="of a run (default: %(default)s)")
     parser.add_argument("--steps", type=integer(_WARM_UP + 1), default=12, help="of a run (default: %(default)s)")
     parser.add_argument("--rounds", type=integer(1), default=3, help="runs of every way (default: %(default)s)")

@@ -34,15 +34,23 @@ def test_the_package_alone_imports_nothing_but_itself(tmp_path: Path) -> None:
     assert result.stdout.split() == ["bitnet_train"]
 
 
-@pytest.mark.parametrize(("own", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
-    own: dict[str, str], found: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, ["1000", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["7", "None"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["None", "active"]),
+    ],
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(
+    own: dict[str, str], found: list[str], tmp_path: Path
 ) -> None:
-    variables = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"} | own
-    program = "import os, bitnet_train; print(os.environ['OMP_WAIT_POLICY'])"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    variables = {name: value for name, value in environment().items() if name not in names} | own
+    program = f"import os, bitnet_train; print(*map(os.environ.get, {names}))"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip() == found
+    assert result.stdout.split() == found
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 ROWS_AT_ONCE = 1024  # rows of a parquet file that are in memory together
 _ROWS_AS_OBJECTS = 64  # of these, rows that are Python objects together
 _READ_AT_ONCE = 1 << 18  # bytes
-_EXPANDED_TIMES = 250  # text becomes three to ten times as large, a log that repeats itself fifty times
+_EXPANDED_TIMES = 100  # text becomes three to ten times as large, a log that repeats itself fifty times
 _EXPANDED_BYTES = 1 << 26  # what is smaller does no harm
 
 

@@ -211,7 +211,7 @@ def test_a_file_that_expands_as_no_text_does_is_refused(
     monkeypatch.setattr(readers, "_EXPANDED_BYTES", 1 << 20)
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(COMPRESSIONS[file.suffix](b"\n" * (4 << 20)))
-    with pytest.raises(UserError, match=f"{file}: decompresses to more than 250 times its size"):
+    with pytest.raises(UserError, match=f"{file}: decompresses to more than 100 times its size"):
         list(read_rows(str(file)))
 
 

@@ -182,13 +182,14 @@ def _read_json_lines(stream: io.BufferedIOBase, start: Place, cut: Cut | None) -
     place = start
     if start.inside and cut is not None:
         place = yield from _rest_of_line(stream, start, cut)
+    offset, number = place.offset, place.number
     while line := stream.readline(-1 if cut is None else WINDOW):
-        if cut is not None and len(line) == WINDOW and not line.endswith(b"\n"):
-            place = yield from _long_line(stream, place, line, cut)
-        else:
-            place = Place(place.offset + len(line), place.number + 1)
-            if line.strip():
-                yield place, _or_error(_json_object, line)
+        if len(line) == WINDOW and cut is not None and not line.endswith(b"\n"):
+            offset, number, _ = yield from _long_line(stream, Place(offset, number), line, cut)
+            continue
+        offset, number = offset + len(line), number + 1
+        if line.strip():
+            yield Place(offset, number), _or_error(_json_object, line)
 
 
 def _long_line(stream: io.BufferedIOBase, start: Place, head: bytes, cut: Cut) -> Generator[PlacedRow, None, Place]:

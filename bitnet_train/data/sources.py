@@ -6,7 +6,7 @@ What cannot be read raises a UserError that names the file and the row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from bitnet_train.data.paths import expand
 from bitnet_train.data.readers import START, Fields, Place, Placed
 from bitnet_train.data.readers import read_from as read_file_from
 from bitnet_train.data.saved import is_saved, read_saved
-from bitnet_train.errors import UserError
+from bitnet_train.errors import UserError, within
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,9 @@ class BadRow:
     ends: bool = True
 
 
-@contextmanager
-def located(row: Row) -> Iterator[None]:
+def located(row: Row) -> AbstractContextManager[None]:
     """Puts the file and the number of the row in front of a UserError from the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{row.where}: {error}") from None
+    return within(row.where)
 
 
 def read_rows(paths: str | Sequence[str], cut: Cut | None = None) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bitnet_train.autocast import compute_dtype, no_autocast
-from bitnet_train.kernels import gpu, native
+from bitnet_train.kernels import gpu, gpu_product, native
 from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.quant import quantize_activation, quantize_weight
 
@@ -90,7 +90,7 @@ def linear(
     The sum of integers is exact; what follows is float32, rounded once.
     """
     if gpu.available(scale, bias, residual, scale.new_empty(0, dtype=dtype)):
-        return gpu.linear(codes, stacked.codes, stacked.column, scale, bias, residual, dtype)
+        return gpu_product.linear(codes, stacked.codes, stacked.column, scale, bias, residual, dtype)
     products = integer_matmul(codes, stacked.codes)
     return dequantize(products, stacked.column, scale, bias, residual, dtype)
 

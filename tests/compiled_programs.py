@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout, int8
 
-from bitnet_train.kernels import gpu, triton_kernels
+from bitnet_train.kernels import gpu, hopper_product, triton_kernels
 
 ARCHITECTURE = 90  # H100 and H200
 ALIGNED = ("size", "out", "rows", "vocab", "count", "half", "stride")  # multiples of 16 at these shapes
@@ -71,10 +74,38 @@ def launches() -> Iterator[Launch]:
     yield "rotate", {"x": "*bf16", "y": "*bf16", **angles}, {"HEADS": 32, "HALF": 64}, {}
 
 
+def hopper_launches() -> Iterator[Launch]:
+    """The products of an H100 or H200: with and without bias, and into the residual stream."""
+    for tile in hopper_product.TILES:
+        height, width = (
+            f"tensordesc<i8[{rows}, {tile.features}],{layout(rows, tile.features)!r}>"
+            for rows in (tile.rows, tile.columns)
+        )
+        types = {"codes": height, "ternary": width, "column": "*fp32", "scale": "*fp32"}
+        types |= dict.fromkeys(("rows", "out", "size"), "i32")
+        constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "FEATURES": tile.features, "STAGES": tile.stages}
+        constants["COALESCED"] = tile.coalesced
+        options = {"num_warps": tile.warps} | ({"maxnreg": tile.registers} if tile.registers else {})
+        others: list[tuple[dict[str, str], dict[str, None]]] = [
+            ({"y": "*bf16"}, {"bias": None, "residual": None}),
+            ({"y": "*bf16", "bias": "*fp32"}, {"residual": None}),
+        ]
+        if not tile.coalesced:
+            others = [({"y": "*fp32", "residual": "*fp32"}, {"bias": None})]
+        for more, none in others:
+            yield "hopper linear", types | more, constants | none, options
+
+
+def layout(rows: int, features: int) -> NVMMASharedLayout:
+    """How the copy engine lays out a tile in shared memory."""
+    return NVMMASharedLayout.get_default_for([rows, features], int8)
+
+
 def compiled(launch: Launch) -> dict[str, Any]:
     """The program, by ptxas."""
     name, types, constants, options = launch
-    program = getattr(triton_kernels, name)
+    in_gluon = name == "hopper linear"
+    program = hopper_product.linear if in_gluon else getattr(triton_kernels, name)
     program = program.fn if name == "linear" else program  # inside its autotuner
     signature = {argument: types.get(argument, "constexpr") for argument in program.arg_names}
     aligned = [
@@ -82,7 +113,9 @@ def compiled(launch: Launch) -> dict[str, Any]:
         for position, (argument, kind) in enumerate(signature.items())
         if kind[0] == "*" or (kind == "i32" and argument in ALIGNED)
     ]
-    source = ASTSource(program, signature, constants, {(at,): [["tt.divisibility", 16]] for at in aligned})
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
+    named = {(program.arg_names.index(name),): value for name, value in constants.items()} if in_gluon else constants
+    source = (GluonASTSource if in_gluon else ASTSource)(program, signature, named, attributes)
     target = GPUTarget("cuda", ARCHITECTURE, 32)
     made = compile(source, target=target, options={**options, **gpu.ROUNDING})
     return {
@@ -108,5 +141,5 @@ def local_bytes(cubin: bytes) -> int:
 
 
 if __name__ == "__main__":
-    for launch in launches():
+    for launch in chain(hopper_launches(), launches()):
         print(json.dumps(compiled(launch)))

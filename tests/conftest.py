@@ -41,6 +41,8 @@ hypothesis.settings.load_profile("fixed")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER[item.path.relative_to(TESTS).parts[0]])
     for item in items:
+        if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":  # runs on a GPU where there is one
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -1,7 +1,9 @@
 """Faults that tests inject into a run in their own process, as callbacks of its configuration."""
 
+import os
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,3 +65,16 @@ class Vanish(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if pl_module.step + 1 == self.step:
             shutil.rmtree(Path(trainer.default_root_dir), ignore_errors=True)  # once per micro-batch
+
+
+class Terminate(L.Callback):
+    """Sends SIGTERM to the run after a step, as a cluster does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Comes before the module counts the step."""
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,7 @@ round against the dense twin (bf16 autocast, plain Linear) and reported as media
     matrix share  s = time of the dense twin's matrix products, by themselves, / time of its step
     limit         1 / (1 - s / 6): int8 halves the forward product, one of three; two stay in bfloat16
     activation    bytes kept for the backward pass per token: the slope between one and two rows of tokens
+    step          on a GPU: memory of activations and gradients at the step's peak, without weights and moments
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import bitnet_train  # noqa: F401  (before torch)
@@ -38,7 +40,11 @@ from bitnet_train.model.decoder import BitNetDecoderLayer, BitNetForCausalLM
 from bitnet_train.options import integer
 from bitnet_train.quant import bit_linear
 
-HEADS = {1024: (16, 4, 2816), 2560: (20, 5, 6912)}  # hidden size: heads, heads of keys and values, intermediate size
+HEADS = {
+    128: (4, 2, 256),
+    1024: (16, 4, 2816),
+    2560: (20, 5, 6912),
+}  # hidden size: heads, heads of keys and values, intermediate size
 
 
 class FakeQuantLinear(nn.Linear):
@@ -146,33 +152,67 @@ CONTESTANTS = {
 }
 
 
+class Rows(NamedTuple):
+    """Rows of tokens, int64 `(rows, seq)`, and the document of each where a row holds several."""
+
+    ids: Tensor
+    documents: Tensor | None
+
+    @classmethod
+    def drawn(cls, count: int, seq: int, vocab: int, length: int, device: str) -> "Rows":
+        """Random tokens, in documents of `length` tokens on average; 0 makes a row one document."""
+        ids = torch.randint(vocab, (count, seq), device=device)
+        begins = torch.rand(count, seq, device=device) < 1 / max(1, length)
+        return cls(ids, begins.cumsum(dim=1) if length else None)
+
+    def part(self, count: int) -> "Rows":
+        """The first row, `count` times."""
+        return Rows(
+            self.ids[:1].repeat(count, 1), None if self.documents is None else self.documents[:1].repeat(count, 1)
+        )
+
+
 class Trainer:
-    """One contestant's model and optimizer, and its step."""
+    """One contestant's model and optimizer, and its step.
+
+    Attributes:
+        most: bytes of the GPU that the last step took beside weights and moments.
+    """
 
     def __init__(self, contestant: Contestant, config: BitNetConfig, device: str) -> None:
         torch.manual_seed(0)
-        self.device, self.native = device, contestant.native
-        self.model = contestant.build(config).to(device)
+        self.device, self.native, self.most = device, contestant.native, 0
+        with torch.device(device):
+            self.model = contestant.build(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """The mean loss of rows of tokens `(rows, seq)`."""
+    def loss(self, rows: Rows) -> Tensor:
+        """The mean loss of rows of tokens."""
         with torch.autocast(self.device, dtype=torch.bfloat16):
-            hidden = self.model.model(ids)
-            return cross_entropy_sum(hidden, self.model.head_weight, ids) / ids.numel()
+            hidden = self.model.model(rows.ids, document_ids=rows.documents)
+            return cross_entropy_sum(hidden, self.model.head_weight, rows.ids) / rows.ids.numel()
 
-    def step(self, ids: Tensor) -> float:
+    def step(self, rows: Rows) -> float:
         """Seconds of one training step."""
         synchronize(self.device)
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         start = time.perf_counter()
+        self.launch(rows)
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        if self.device == "cuda":
+            self.most = torch.cuda.max_memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
+        return seconds
+
+    def launch(self, rows: Rows) -> None:
+        """One training step, which a GPU may still be at afterwards."""
         with nullcontext() if self.native else passes_in_torch():
-            self.loss(ids).backward()
+            self.loss(rows).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        synchronize(self.device)
-        return time.perf_counter() - start
 
-    def kept_bytes(self, ids: Tensor) -> int:
+    def kept_bytes(self, rows: Rows) -> int:
         """Bytes of everything that the graph of one loss keeps, parameters left out."""
         own = {storage.data_ptr() for parameter in self.model.parameters() for storage in storages(parameter)}
         kept: dict[int, int] = {}
@@ -183,7 +223,7 @@ class Trainer:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with nullcontext() if self.native else passes_in_torch(), hooks:
-            loss = self.loss(ids)  # keeps the graph alive, so that no address is used twice
+            loss = self.loss(rows)  # keeps the graph alive, so that no address is used twice
         del loss
         return sum(kept.values())
 
@@ -223,10 +263,11 @@ def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one contestant took for one shape: seconds of every round, bytes kept per token."""
+    """What one contestant took for one shape: seconds of every round, bytes kept per token, and `Trainer.most`."""
 
     seconds: list[float]
     kept: float
+    most: int
 
 
 def runnable(device: str) -> list[str]:
@@ -238,43 +279,54 @@ def runnable(device: str) -> list[str]:
     return [name for name, reason in reasons.items() if not reason]
 
 
+def decoder(shape: str, vocab: int) -> BitNetConfig:
+    """A decoder of `hidden size x layers`.
+
+    Raises:
+        UserError: the heads of such a hidden size are not in HEADS.
+    """
+    hidden, _, layers = shape.partition("x")
+    if not (hidden.isdecimal() and layers.isdecimal() and int(hidden) in HEADS and int(layers)):
+        raise UserError(f"a shape is hidden size x layers, with one of {', '.join(map(str, HEADS))}, got {shape!r}")
+    heads, kv_heads, inner = HEADS[int(hidden)]
+    return BitNetConfig(vocab, int(hidden), inner, int(layers), heads, kv_heads, tie_word_embeddings=True)
+
+
 def benchmark(shape: str, arguments: argparse.Namespace, device: str) -> dict[str, Figures]:
     """Measures one shape and prints its table."""
-    hidden, layers = map(int, shape.split("x"))
-    heads, kv_heads, inner = HEADS[hidden]
-    config = BitNetConfig(arguments.vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True)
-    ids = torch.randint(arguments.vocab, (arguments.tokens // arguments.seq, arguments.seq), device=device)
+    config = decoder(shape, arguments.vocab)
+    count = arguments.tokens // arguments.seq
+    rows = Rows.drawn(count, arguments.seq, arguments.vocab, arguments.documents, device)
     trainers = {name: Trainer(CONTESTANTS[name], config, device) for name in arguments.contestants}
     for name, trainer in trainers.items():
-        seconds = [trainer.step(ids) for _ in range(2)]
+        seconds = [trainer.step(rows) for _ in range(2)]
         print(f"{shape} {name}: first steps {seconds[0]:.1f} s, {seconds[1]:.1f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():
-            times[name].append(trainer.step(ids))
-    figures = {name: Figures(times[name], per_token_bytes(trainer, ids)) for name, trainer in trainers.items()}
-    print_table(shape, ids.numel(), figures)
-    products = matrix_seconds(config, ids.numel(), device, arguments.rounds)
+            times[name].append(trainer.step(rows))
+    figures = {name: Figures(times[name], per_token_bytes(t, rows), t.most) for name, t in trainers.items()}
+    print_table(shape, rows.ids.numel(), figures)
+    products = matrix_seconds(config, rows.ids.numel(), device, arguments.rounds)
     share = products / statistics.median(times["dense"])
     print(f"matrix share of the dense step {share:.2f}, limit {1 / (1 - share / 6):.2f}\n", flush=True)
     return figures
 
 
-def per_token_bytes(trainer: Trainer, ids: Tensor) -> float:
+def per_token_bytes(trainer: Trainer, rows: Rows) -> float:
     """Bytes kept per token, without what does not grow with the number of rows."""
-    row = ids[:1]
-    return (trainer.kept_bytes(torch.cat((row, row))) - trainer.kept_bytes(row)) / row.numel()
+    return (trainer.kept_bytes(rows.part(2)) - trainer.kept_bytes(rows.part(1))) / rows.ids.shape[1]
 
 
 def print_table(shape: str, tokens: int, figures: dict[str, Figures]) -> None:
     """One line per contestant."""
     dense = figures["dense"]
     print(f"{shape}, {tokens} tokens a step")
-    print(f"{'':28}{'tokens/s':>10}{'ratio':>8}{'quartiles':>14}{'kB/token':>10}{'ratio':>8}")
+    print(f"{'':28}{'tokens/s':>10}{'ratio':>8}{'quartiles':>14}{'kB/token':>10}{'ratio':>8}{'step, GB':>10}")
     for name, own in figures.items():
         ratio = Spread.of(ratios(dense.seconds, own.seconds))
         rate, quartiles = tokens / statistics.median(own.seconds), f"{ratio.low:.2f}..{ratio.high:.2f}"
-        memory = f"{own.kept / 1e3:10.1f}{own.kept / dense.kept:8.2f}"
+        memory = f"{own.kept / 1e3:10.1f}{own.kept / dense.kept:8.2f}" + (f"{own.most / 1e9:10.1f}" if own.most else "")
         print(f"{name:28}{rate:10.0f}{ratio.median:8.2f}{quartiles:>14}{memory}")
 
 
@@ -284,6 +336,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1024x4", "2560x2"], help="hidden size x layers")
     parser.add_argument("--tokens", type=integer(1), default=2048, help="tokens a step")
     parser.add_argument("--seq", type=integer(1), default=512, help="tokens a row")
+    parser.add_argument("--documents", type=integer(0), default=0, help="tokens a document; 0: a row is one document")
     parser.add_argument("--vocab", type=integer(1), default=4096, help="vocabulary of the (dense) embedding and head")
     parser.add_argument("--rounds", type=integer(1), default=7)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that can run here")

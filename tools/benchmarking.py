@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,26 @@ def synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def median_milliseconds(call: Callable[[], object], device: str, repetitions: int = 40) -> float:
+    """How long a call takes on the device, without what its launch costs the host.
+
+    Args:
+        call: runs on the device.
+        device: "cuda" or "cpu".
+        repetitions: milliseconds of repetitions on CUDA; on CPU the call is made three times.
+    """
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=repetitions // 4, rep=repetitions, return_mode="median"))
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[1:])
 
 
 def unavailable(needs: str | None, cuda_only: bool, device: str) -> str | None:

@@ -30,7 +30,7 @@ EVERY = 3  # steps between checkpoints
 STEPS_PER_KILL = 3
 STARTS_HIT = 0.15  # share of the kills that come while the run starts
 PATIENCE = 1800.0  # seconds in which a start must come to its next step, and a killed group must be gone
-CLOCKED = ("train/tokens_per_second", "train/tflops_per_second", "train/data_wait")
+CLOCKED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gb", "data_wait")
 RUN = [
     "+recipe=quickstart-pretrain",
     "model=tiny",
@@ -224,7 +224,9 @@ def _step(run_dir: Path) -> int:
 def _events(run_dir: Path) -> list[Event]:
     """The log events without what depends on the clock; a line that a kill has torn does not count."""
     events = (event for _, event in event_lines(run_dir / METRICS) if event is not None)
-    return [{name: value for name, value in event.items() if name not in CLOCKED} for event in events]
+    return [
+        {name: value for name, value in event.items() if name.removeprefix("train/") not in CLOCKED} for event in events
+    ]
 
 
 def compare(whole: Path, killed: Path) -> dict[str, bool]:

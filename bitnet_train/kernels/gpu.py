@@ -1,27 +1,23 @@
 """The programs of triton_kernels.py on CUDA tensors; torch computes the same, slower, where Triton cannot.
 
 BITNET_TRAIN_NATIVE=0 in the environment turns them off, and the C++ passes with them. A program is compiled when it is
-first met with a new shape or dtype, and kept in Triton's cache (~/.triton); a product also tries its tiles then.
+first met with a new shape or dtype, and kept in Triton's cache (~/.triton). The product is in `gpu_product`.
 Triton comes with torch's CUDA builds and needs a C compiler and Python's headers.
 """
 
 import functools
 import importlib.util
 import logging
-import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.kernels.tensors import ordinary, rows_of_heads
 
 logger = logging.getLogger(__name__)
@@ -32,12 +28,8 @@ LARGEST_ROW = 1 << 14  # features that a program holds at once
 ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocessor, whatever the device
 _PART = 1024  # of a row or an array, of a program that needs no whole rows
 _VOCABULARY_PART = 4096
-_MOST_FEATURES = 256  # of a step of a product, over all its tiles
 _STAGED = 48 << 10  # bytes of a row that waits in shared memory, of which every device has 99 KB
 _MOST_FOLDED = 128  # columns that `absolute_sums` folds unevenly: Triton takes minutes to compile wide gathers
-_SMALLEST = 17  # tokens that torch's int8 product is for
-_ALIGNED = 16  # bytes that are read at once
-_FASTEST: dict[tuple[object, ...], Callable[["Product"], Tensor]] = {}  # way of each kind of product
 
 
 def available(*tensors: Tensor | None, size: int = 1) -> bool:
@@ -80,7 +72,8 @@ def _programs() -> ModuleType:
     return triton_kernels
 
 
-def _launch(program: str, grid: Any, *arguments: Any, **options: int) -> None:
+def launch(program: str, grid: Any, *arguments: Any, **options: int) -> None:
+    """Runs a program of triton_kernels."""
     getattr(_programs(), program)[grid](*arguments, **ROUNDING, **options)
 
 
@@ -93,7 +86,7 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def _vector(values: Tensor | None, size: int) -> Tensor | None:
+def vector(values: Tensor | None, size: int) -> Tensor | None:
     """A gain or a bias as the programs read it: float32, one value per feature."""
     return None if values is None else values.float().expand(size).contiguous()
 
@@ -104,9 +97,9 @@ def quantize(x: Tensor, weight: Tensor | None, eps: float, activation: str | Non
     tokens, size = len(x), x.shape[1] if activation is None else x.shape[1] // 2
     codes = torch.empty(tokens, size, dtype=torch.int8, device=x.device)
     scale, rms = torch.empty(2, tokens, 1, dtype=torch.float32, device=x.device).unbind()
-    block, weight = _power_of_two(size), _vector(weight, size)
+    block, weight = _power_of_two(size), vector(weight, size)
     arguments = (x, weight, codes, scale, rms, size, eps, activation, block)
-    _launch("quantize", (tokens,), *arguments, num_warps=_warps(block))
+    launch("quantize", (tokens,), *arguments, num_warps=_warps(block))
     return codes, scale, rms
 
 
@@ -119,8 +112,8 @@ def norm_backward(
     blocks = max(1, min(ROW_BLOCKS, tokens))
     grad_x, partial = torch.empty_like(x), torch.empty(blocks, size, dtype=torch.float32, device=x.device)
     height, block = -(-tokens // blocks), _power_of_two(size)
-    arguments = (grad, x, _vector(weight, size), rms, grad_x, partial, tokens, size, height, activation)
-    _launch("norm_backward", (blocks,), *arguments, _stages(block, x, grad), block, num_warps=_warps(block))
+    arguments = (grad, x, vector(weight, size), rms, grad_x, partial, tokens, size, height, activation)
+    launch("norm_backward", (blocks,), *arguments, _stages(block, x, grad), block, num_warps=_warps(block))
     return grad_x, partial.sum(dim=0)
 
 
@@ -130,99 +123,11 @@ def _stages(block: int, x: Tensor, grad: Tensor) -> int:
     return 2 if row <= _STAGED else 1
 
 
-class Product(NamedTuple):
-    """What `linear` works on, contiguous: int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)`."""
-
-    codes: Tensor
-    ternary: Tensor
-    column: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    dtype: torch.dtype
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Products of one kind take about the same time."""
-        (tokens, size), others = self.codes.shape, (self.bias, self.residual)
-        dtypes = (None if other is None else other.dtype for other in others)
-        return size, len(self.ternary), tokens.bit_length(), self.dtype, *dtypes, self.codes.device
-
-
-def linear(
-    codes: Tensor,
-    ternary: Tensor,
-    column: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y = (codes . ternary^T) column / scale + bias + residual, see `fused.linear`: `(tokens, out)` of `dtype`.
-
-    In one program, or as torch's product and a pass behind it: what is faster on this device, tried once for each kind.
-    The sums are exact and what follows is the same, so that the choice changes no bit.
-    """
-    out = len(ternary)
-    product = Product(
-        codes.contiguous(),
-        ternary.contiguous(),
-        column.contiguous(),
-        scale.contiguous(),
-        _vector(bias, out),
-        None if residual is None else residual.expand(len(codes), out).contiguous(),
-        dtype,
-    )
-    return _way(product)(product)
-
-
-def _way(product: Product) -> Callable[[Product], Tensor]:
-    (tokens, size), out = product.codes.shape, len(product.ternary)
-    if not tokens * size * out or size % _ALIGNED:
-        return _in_two
-    if tokens < _SMALLEST or out % 8 or product.codes.device.type != "cuda":
-        return _in_one
-    if product.kind not in _FASTEST:
-        _FASTEST[product.kind] = min((_in_one, _in_two), key=lambda way: _milliseconds(way, product))
-    return _FASTEST[product.kind]
-
-
-def _milliseconds(way: Callable[[Product], Tensor], product: Product) -> float:
-    """How long it takes; for ever where it fails, for want of memory or because a library knows no such shape."""
-    from triton.runtime.errors import TritonError
-    from triton.testing import do_bench
-
-    try:
-        return float(do_bench(lambda: way(product)))
-    except (RuntimeError, TritonError):
-        return math.inf
-
-
-def _in_one(product: Product) -> Tensor:
-    (tokens, size), out = product.codes.shape, len(product.ternary)
-    y = torch.empty(tokens, out, dtype=product.dtype, device=product.codes.device)
-    counts = (tokens, out, size, tokens.bit_length(), size % _MOST_FEATURES == 0)
-    _launch("linear", partial(_tiles, tokens, out), *product[:-1], y, *counts)
-    return y
-
-
-def _tiles(tokens: int, out: int, tile: Mapping[str, int]) -> tuple[int]:
-    return (-(-tokens // tile["ROWS"]) * -(-out // tile["COLUMNS"]),)
-
-
-def _in_two(product: Product) -> Tensor:
-    sums = integer_matmul(product.codes, product.ternary)
-    y = torch.empty(sums.shape, dtype=product.dtype, device=sums.device)
-    tokens, out = sums.shape
-    _launch("dequantize", (tokens, -(-out // _PART)), sums, *product[2:-1], y, out, _PART)
-    return y
-
-
 def expand(codes: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * factor in `dtype`: int8 `(rows, size)` and float32 `(rows,)` or `(rows, 1)` to `(rows, size)`."""
     rows, size = codes.shape
     y = torch.empty(rows, size, dtype=dtype, device=codes.device)
-    _launch("expand", (rows, -(-size // _PART)), codes.contiguous(), factor.contiguous(), y, size, _PART)
+    launch("expand", (rows, -(-size // _PART)), codes.contiguous(), factor.contiguous(), y, size, _PART)
     return y
 
 
@@ -238,7 +143,7 @@ def absolute_sums(rows: Tensor) -> Tensor:
     halvings = (size & -size).bit_length() - 1
     block = _power_of_two(size >> halvings)
     arguments = (rows.contiguous(), sums, size, size >> halvings, halvings, block)
-    _launch("absolute_sums", (count,), *arguments, num_warps=_warps(2 * block << halvings))
+    launch("absolute_sums", (count,), *arguments, num_warps=_warps(2 * block << halvings))
     return sums
 
 
@@ -246,7 +151,7 @@ def ternary_codes(weight: Tensor, half: Tensor) -> Tensor:
     """-1, 0 or 1 as int8: the comparison of weights with -half and half, float32, shape ()."""
     weight = weight.contiguous()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    _launch("ternary_codes", (-(-weight.numel() // _PART),), weight, half, codes, weight.numel(), _PART)
+    launch("ternary_codes", (-(-weight.numel() // _PART),), weight, half, codes, weight.numel(), _PART)
     return codes
 
 
@@ -258,7 +163,7 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     logps, lse = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind()
     arguments = (logits.contiguous(), labels.contiguous(), logps, lse, vocab, _VOCABULARY_PART)
-    _launch("log_likelihood", (rows,), *arguments, num_warps=8)
+    launch("log_likelihood", (rows,), *arguments, num_warps=8)
     return logps, lse
 
 
@@ -272,7 +177,7 @@ def likelihood_gradient_(logits: Tensor, labels: Tensor, lse: Tensor, p_factor: 
         raise ValueError(f"logits are worked on in place and must be contiguous, got strides {logits.stride()}")
     rows, vocab = logits.shape
     arguments = (logits, labels.contiguous(), lse, p_factor, label_factor, vocab, _VOCABULARY_PART)
-    _launch("likelihood_gradient", (rows, -(-vocab // _VOCABULARY_PART)), *arguments, num_warps=8)
+    launch("likelihood_gradient", (rows, -(-vocab // _VOCABULARY_PART)), *arguments, num_warps=8)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -292,5 +197,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     y = torch.empty(batch, seq, heads, dim, dtype=x.dtype, device=x.device)
     counts = (tokens.stride(1), heads, dim // 2, len(cos) * seq)
     blocks = (_power_of_two(heads), _power_of_two(dim // 2))
-    _launch("rotate", (batch * seq,), tokens, cos.contiguous(), sin.contiguous(), y, *counts, sign, *blocks)
+    launch("rotate", (batch * seq,), tokens, cos.contiguous(), sin.contiguous(), y, *counts, sign, *blocks)
     return y.transpose(1, 2)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.labels import IGNORE_INDEX
-from bitnet_train.losses.tokens import LOGITS_PER_CHUNK
+from bitnet_train.losses.tokens import positions_at_once
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def is_top1(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: int64 `(...)`, the id that follows each position, or IGNORE_INDEX.
     """
     kept = labels != IGNORE_INDEX
-    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    rows = positions_at_once(weight)
     chunks = zip(hidden[kept].split(rows), labels[kept].split(rows), strict=True)
     guessed = torch.cat([F.linear(h, weight).argmax(dim=-1) == y for h, y in chunks])
     return torch.zeros_like(kept).masked_scatter(kept, guessed)

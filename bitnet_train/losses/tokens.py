@@ -25,13 +25,20 @@ from bitnet_train.autocast import compute_dtype, no_autocast
 from bitnet_train.kernels import gpu, native
 from bitnet_train.labels import IGNORE_INDEX
 
-LOGITS_PER_CHUNK = 1 << 26  # 128 MB in bfloat16
-WEIGHTS_PER_SLICE = 1 << 24  # of the head's gradient, which every chunk adds to
+# 128 MB in bfloat16; on CUDA 1 GB, since every chunk reads and writes the whole gradient of the head.
+LOGITS_PER_CHUNK = {"cpu": 1 << 26, "cuda": 1 << 29}
+WEIGHTS_PER_SLICE = 1 << 24  # of the head's gradient, where a slice waits for its sum
+_ALIGNED = 64  # rows of a slice: a slice of the logits' columns begins where a product reads fast
 
 
-def _chunks(tokens: int, vocab: int) -> Iterator[slice]:
+def positions_at_once(weight: Tensor) -> int:
+    """The number of positions whose logits under a head `(vocab, hidden)` exist at a time."""
+    return max(1, LOGITS_PER_CHUNK.get(weight.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
+
+
+def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
     """Slices of the positions, equal but for the last."""
-    most = max(1, LOGITS_PER_CHUNK // vocab)
+    most = positions_at_once(weight)
     size = -(-tokens // max(1, -(-tokens // most)))
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size)))
 
@@ -66,11 +73,20 @@ class _HeadGradient:
 
     def add(self, chunk: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Adds the gradient of a chunk's logits; `hidden` and `weight` are the factors of these logits."""
+        if grad_logits.is_cuda and grad_logits.dtype in (torch.bfloat16, torch.float16):
+            self._add_in_float32(chunk, grad_logits, hidden, weight)
+            return
         self.hidden[chunk] = grad_logits @ weight
         if self.weight is not None:
-            rows = max(1, WEIGHTS_PER_SLICE // weight.shape[1])
+            rows = max(1, WEIGHTS_PER_SLICE // weight.shape[1] // _ALIGNED) * _ALIGNED
             for total, part in zip(self.weight.split(rows), grad_logits.split(rows, dim=1), strict=True):
                 total += part.t() @ hidden
+
+    def _add_in_float32(self, chunk: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """The same where products add to float32 by themselves: nothing is rounded in between."""
+        torch.mm(grad_logits, weight, out_dtype=torch.float32, out=self.hidden[chunk])
+        if self.weight is not None:
+            torch.addmm(self.weight, grad_logits.t(), hidden, out_dtype=torch.float32, out=self.weight)
 
 
 class _CrossEntropySum(Function):
@@ -81,7 +97,7 @@ class _CrossEntropySum(Function):
         states, head = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float64)
         grads = _HeadGradient(hidden, weight, needs[1]) if any(needs) else None
-        for chunk in _chunks(len(labels), len(weight)):
+        for chunk in _chunks(len(labels), weight):
             logits = states[chunk] @ head.t()
             logps, lse = _log_likelihood(logits, labels[chunk])
             total += (z * lse.square() - logps).sum(dtype=torch.float64)
@@ -109,7 +125,7 @@ class _TokenLogps(Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         states, head = hidden.to(dtype), weight.to(dtype)
         logps, lse = torch.empty(2, len(labels), device=hidden.device).unbind()
-        for chunk in _chunks(len(labels), len(weight)):
+        for chunk in _chunks(len(labels), weight):
             logps[chunk], lse[chunk] = _log_likelihood(states[chunk] @ head.t(), labels[chunk])
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.dtype = dtype
@@ -122,12 +138,18 @@ class _TokenLogps(Function):
         states, head, factor = hidden.to(ctx.dtype), weight.to(ctx.dtype), -grad_outputs[0]
         grads = _HeadGradient(hidden, weight, ctx.needs_input_grad[1])
         with no_autocast(hidden):
-            for chunk in _chunks(len(labels), len(weight)):
+            for chunk in _chunks(len(labels), weight):
                 logits = states[chunk] @ head.t()
                 grad_logits = _gradient_(logits, labels[chunk], lse[chunk], factor[chunk], factor[chunk])
                 grads.add(chunk, grad_logits, states[chunk], head)
         grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         return grads.hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _kept(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States and labels of the positions that have a label, and their places, of which the host asks once."""
+    at = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return hidden.flatten(0, -2).index_select(0, at), labels.flatten().index_select(0, at), at
 
 
 def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -140,11 +162,11 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         weight: `(vocab, hidden)`, the head. The product runs in autocast's dtype, the softmax in float32.
         labels: int64 `(...)`, the id that follows each position.
     """
-    kept = labels != IGNORE_INDEX
+    states, kept, at = _kept(hidden, labels)
     dtype = compute_dtype(hidden)
     with no_autocast(hidden):
-        logps: Tensor = _TokenLogps.apply(hidden[kept], weight, labels[kept], dtype)  # type: ignore[no-untyped-call]
-    return torch.zeros(labels.shape, device=labels.device).masked_scatter(kept, logps)
+        logps: Tensor = _TokenLogps.apply(states, weight, kept, dtype)  # type: ignore[no-untyped-call]
+    return torch.zeros(labels.numel(), device=labels.device).index_copy(0, at, logps).view(labels.shape)
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -152,11 +174,11 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: fl
 
     The gradient is made together with the loss, once: a second backward pass raises RuntimeError.
     """
-    kept = labels != IGNORE_INDEX
+    states, kept, _ = _kept(hidden, labels)
     dtype, grad_enabled = compute_dtype(hidden), torch.is_grad_enabled()
     needs = (grad_enabled and hidden.requires_grad, grad_enabled and weight.requires_grad)
     with no_autocast(hidden):
         loss: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
-            hidden[kept], weight, labels[kept], z_loss, dtype, needs
+            states, weight, kept, z_loss, dtype, needs
         )
     return loss

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet_train.model import varlen_attention
 from bitnet_train.model.bitlinear import fused_linear, fusible, linear
 from bitnet_train.model.block_attention import available as block_attention_available
 from bitnet_train.model.block_attention import block_attention
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.norm import RMSNorm
 from bitnet_train.model.rope import Rotation, rotate
-from bitnet_train.model.varlen_attention import available as varlen_attention_available
-from bitnet_train.model.varlen_attention import varlen_attention
 
 
 @dataclass
@@ -57,6 +56,8 @@ class Documents:
 
     Attributes:
         starts: int64 `(batch, seq)`, the first position of the document that each position belongs to.
+        lengths: for `varlen_attention`, where the device has it: where documents begin in the rows laid end to end,
+            and their end, int32, and the tokens of the longest one.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
@@ -65,17 +66,13 @@ class Documents:
         changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
         self.starts = (positions * changes).cummax(dim=1).values
         self._mask: Tensor | None = None
-        self._lengths: tuple[Tensor, int] | None = None
+        self.lengths = self._measured() if varlen_attention.available(self.starts.device) else None
 
-    @property
-    def lengths(self) -> tuple[Tensor, int]:
-        """Where documents begin in the rows laid end to end, and their end, int32; tokens of the longest one. Kept."""
-        if self._lengths is None:
-            starts = self.starts.cpu()  # the one time that the host waits
-            begins = (starts == torch.arange(starts.shape[1], device="cpu")).flatten().nonzero()[:, 0]
-            boundaries = F.pad(begins, (0, 1), value=starts.numel()).int()
-            self._lengths = boundaries.to(self.starts.device, non_blocking=True), int(boundaries.diff().max())
-        return self._lengths
+    def _measured(self) -> tuple[Tensor, int]:
+        starts = self.starts.cpu()  # the one time that the host waits
+        begins = (starts == torch.arange(starts.shape[1], device="cpu")).flatten().nonzero()[:, 0]
+        boundaries = F.pad(begins, (0, 1), value=starts.numel()).int()
+        return boundaries.to(self.starts.device, non_blocking=True), int(boundaries.diff().max())
 
     @property
     def mask(self) -> Tensor:
@@ -128,8 +125,8 @@ class BitNetAttention(nn.Module):
         if whole and block_attention_available(q):
             starts = q.new_zeros(q.shape[0], q.shape[2], dtype=torch.int64) if documents is None else documents.starts
             attended = block_attention(q, k, v, starts)
-        elif whole and documents is not None and varlen_attention_available(q):
-            attended = varlen_attention(q, k, v, *documents.lengths)
+        elif whole and documents is not None and documents.lengths is not None and varlen_attention.fits(q):
+            attended = varlen_attention.varlen_attention(q, k, v, *documents.lengths)
         else:
             attended = F.scaled_dot_product_attention(
                 q,

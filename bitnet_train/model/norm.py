@@ -3,12 +3,14 @@
     dL/dw = sum over tokens of g x r
     dL/dx = r (g w - x r mean(g w x r))        g = dL/dy
 
-Autograd would keep every intermediate product and walk over each of them again; this keeps x and one r per token.
+Autograd would keep every intermediate product and walk over each of them again; this keeps x and one r per token, as
+torch's own function does on CUDA.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -59,5 +61,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., size)` of any floating dtype to float32 of the same shape."""
+        if x.is_cuda:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y

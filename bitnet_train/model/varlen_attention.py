@@ -5,22 +5,32 @@ No mask is made, and the work is that of the documents, not of the rows that hol
 `deterministic`) asks for one.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.backends.cuda import is_flash_attention_available
 from torch.nn.attention.varlen import varlen_attn
 
 from bitnet_train.kernels.gpu import capable
-from bitnet_train.kernels.tensors import ordinary
 
 DEVICE = "cuda"
+# torch 2.11 takes fewer heads of keys as they are, later releases ask for a word.
+_GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 LARGEST_HEAD = 192  # features, a multiple of 8: what the backward pass takes on every device
 
 
-def available(q: Tensor) -> bool:
-    """Whether `varlen_attention` can work on queries like these."""
+def available(device: torch.device) -> bool:
+    """Whether `varlen_attention` can work on this device; asked for outside of compiled graphs."""
+    on_cuda = device.type == "cuda"
+    return device.type == DEVICE and capable(device) and not (on_cuda and not is_flash_attention_available())
+
+
+def fits(q: Tensor) -> bool:
+    """Whether it can work on queries like these."""
     dim = q.shape[-1]
-    fits = dim % 8 == 0 and dim <= LARGEST_HEAD and ordinary((q,), DEVICE, (torch.bfloat16, torch.float16))
-    return fits and capable(q.device) and (not q.is_cuda or torch.backends.cuda.is_flash_attention_available())
+    return dim % 8 == 0 and dim <= LARGEST_HEAD and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
@@ -37,8 +47,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longes
         `(batch, heads, seq, head_dim)`, laid out as `(batch, seq, heads, head_dim)`.
     """
     batch, heads, seq, dim = q.shape
-    q, *kv = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).flatten(0, 1) for x in kv)
-    attended = varlen_attn(q.flatten(0, 1), k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    attended = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0), **_GROUPED)
     assert isinstance(attended, Tensor)
     return attended.view(batch, seq, heads, dim).transpose(1, 2)

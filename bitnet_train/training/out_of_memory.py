@@ -48,6 +48,6 @@ def training(module: TrainingModule) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """A GPU has an exception of its own; the CPU's allocator raises a plain RuntimeError."""
-    said = ("can't allocate memory", "not enough memory", "bad_alloc")
+    """A GPU's allocator has an exception of its own; the CPU's, and what asks the driver itself, say it in words."""
+    said = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)

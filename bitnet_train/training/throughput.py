@@ -3,7 +3,8 @@
     tokens_per_second   positions without padding, over all ranks
     tflops_per_second   of one device: tokens/s (6 N + 12 L H T) / 1e12, with N the values of the matrices that tokens
                         are multiplied by, L layers, H hidden size, T row length (PaLM, arXiv 2204.02311, appendix B)
-    mfu                 model FLOPs utilisation: the same over the device's bfloat16 peak, where Lightning knows it
+    mfu                 model FLOPs utilisation: the same over the device's bfloat16 peak, where PEAKS has it
+    peak_memory_gb      of a GPU, the most that this process has had at once, in 10^9 bytes
     data_wait           share of the time in which the loop waited for a batch
 
 Time that validation takes does not count.
@@ -12,11 +13,35 @@ Time that validation takes does not count.
 import time
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from bitnet_train.model.decoder import BitNetForCausalLM
 
 Metrics = dict[str, float]
+
+# TFLOP/s of dense bfloat16 products with float32 sums, by a part of the device's name; the first that fits counts.
+# Nvidia's data sheets give most of them with sparsity, that is twice as high. Those of the RTX are in the white papers
+# of Ada and Blackwell.
+PEAKS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.5,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Most bfloat16 operations per second of a device, where they are known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def flops_per_token(model: BitNetForCausalLM, row_length: float) -> float:
@@ -66,11 +91,13 @@ class Throughput:
         seconds = time.perf_counter() - self._started
         length = sum(self._row_lengths) / max(1, len(self._row_lengths))
         flops = tokens / seconds * flops_per_token(model, length) / devices
-        peak = get_available_flops(model.head_weight.device, torch.bfloat16)
+        device = model.head_weight.device
+        peak = peak_flops(device)
         metrics = {
             "tokens_per_second": tokens / seconds,
             "tflops_per_second": flops / 1e12,
             **({"mfu": flops / peak} if peak else {}),
+            **({"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}),
             "data_wait": self._waited / seconds,
         }
         self.restart()

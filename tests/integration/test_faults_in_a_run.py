@@ -127,8 +127,14 @@ def _fourth(whole: Ended, data: Path, run: Run) -> None:
 
 
 def without_rates(run_dir: Path) -> list[dict[str, float]]:
-    clocked = ("train/tokens_per_second", "train/tflops_per_second", "train/data_wait")
-    return [{k: v for k, v in event.items() if k not in clocked} for event in metrics(run_dir)]
+    clocked = (
+        "train/tokens_per_second",
+        "train/tflops_per_second",
+        "train/mfu",
+        "train/peak_memory_gb",
+        "train/data_wait",
+    )
+    return [{k: v for k, v in event.items() if k.removeprefix("train/") not in clocked} for event in metrics(run_dir)]
 
 
 def files(run_dir: Path) -> set[str]:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bitnet_train import fused
 from bitnet_train.fused import Norm, normed_bit_linear, stack
-from bitnet_train.kernels import gpu, native
+from bitnet_train.kernels import gpu, gpu_product, native
 from bitnet_train.losses import tokens
 from bitnet_train.losses.tokens import cross_entropy_sum
 from bitnet_train.model.decoder import BitNetForCausalLM
@@ -40,10 +41,11 @@ ACTIVATIONS = (None, "relu2", "silu")
 def _on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "DEVICE", DEVICE)
     monkeypatch.setattr(native, "available", lambda *tensors, **options: False)
-    if DEVICE == "cpu":  # nothing is timed in the interpreter, so that there is nothing to choose from
-        from bitnet_train.kernels import triton_kernels
+    from bitnet_train.kernels import triton_kernels
 
-        monkeypatch.setattr(triton_kernels.linear, "configs", triton_kernels.TILES[-1:])
+    # Nothing is timed in the interpreter; on CUDA two suffice to choose from, each of which takes seconds to compile.
+    tiles = triton_kernels.TILES[-1:] if DEVICE == "cpu" else triton_kernels.TILES[-2:]
+    monkeypatch.setattr(triton_kernels.linear, "configs", tiles)
     with torch.device(DEVICE):
         yield
 
@@ -109,13 +111,15 @@ def test_halves_round_to_even_and_what_is_not_finite_gives_no_code() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How products are made."""
     if request.param != "the faster":
-        chosen = gpu._in_one if request.param == "in one" else gpu._in_two
-        monkeypatch.setattr(gpu, "_way", lambda product: chosen)
+        chosen = gpu_product._in_one if request.param == "in one" else gpu_product._in_two
+        monkeypatch.setattr(gpu_product, "_way", lambda product: chosen)
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "out", "size"), [(1, 7, 5), (40, 70, 48), (70, 33, 123), (130, 64, 256)])
+@pytest.mark.parametrize(
+    ("rows", "out", "size"), [(1, 7, 5), (40, 70, 48), (70, 33, 123), (130, 64, 256), (300, 269, 272)]
+)  # the last: sums of tiles, and what CUDA's own product takes, 272 columns
 def test_products(dtype: torch.dtype, rows: int, out: int, size: int) -> None:
     codes, scale = torch.randint(-127, 128, (rows, size), dtype=torch.int8), torch.rand(rows, 1) * 100 + 1
     stacked = stack([torch.randn(out, size), torch.randn(3, size)])
@@ -233,38 +237,96 @@ def test_a_decoder_and_its_loss(autocast: bool) -> None:
         assert (a - b).norm() <= bound * b.norm()
 
 
-@pytest.mark.parametrize("failing", [None, RuntimeError])
-def test_the_faster_way_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, failing: type[Exception] | None) -> None:
-    """A way that fails is the slower one."""
-    calls: list[object] = []
+class Trials:
+    """Ways to make a product that take as many milliseconds as said; one of which nothing is said fails."""
 
-    def do_bench(call: object) -> float:
-        calls.append(call)
-        if failing and len(calls) == 1:
-            raise failing
-        return 2.0 / len(calls)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
+        self.milliseconds, self.called = milliseconds, list[str]()
+        for name in ("in_one", "in_two"):
+            monkeypatch.setattr(gpu_product, f"_{name}", partial(self.way, name))
+        hopper = {name: partial(self.way, name) for name in ("hopper", "hopper_2", "wrong")}
+        monkeypatch.setattr(gpu_product, "_hopper_ways", lambda product: hopper)
+        monkeypatch.setattr(gpu_product, "_FASTEST", {})
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr("triton.testing.do_bench", self.do_bench)
 
-    monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr(gpu, "_FASTEST", {})
+    def way(self, name: str, product: gpu_product.Product) -> Tensor:
+        self.called.append(name)
+        if name not in self.milliseconds:
+            raise RuntimeError("out of resources")
+        return torch.full((2, 8), 0.0 if name == "wrong" else float("nan"))
 
-    def way(tokens: int, size: int, out: int) -> object:
-        codes = Mock(device=torch.device("cuda"), shape=(tokens, size))
+    def do_bench(self, call: Callable[[], object], **options: int) -> float:
+        call()
+        return self.milliseconds[self.called[-1]]
+
+    def chosen(self, tokens: int = 20, size: int = 32, out: int = 8) -> str:
+        codes = Mock(device=torch.device("cuda"), shape=(tokens, size), __getitem__=lambda self, rows: self)
         one = torch.ones(1)
-        return gpu._way(gpu.Product(codes, torch.zeros(out, 8), one, one, None, None, torch.float32))
+        gpu_product._way(gpu_product.Product(codes, torch.zeros(out, 8), one, one, None, None, torch.float32))(Mock())
+        return self.called[-1]
 
-    assert way(20, 32, 8) is way(21, 32, 8) is gpu._in_two
-    assert len(calls) == 2
-    assert way(20, 40, 8) is gpu._in_two  # rows that are not aligned
-    assert way(16, 32, 8) is way(20, 32, 7) is gpu._in_one  # torch has no int8 product for these
-    assert len(calls) == 2
+
+def test_the_fastest_way_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(monkeypatch, in_two=3.0, hopper=2.0, hopper_2=1.0, wrong=0.5)
+    assert trials.chosen(tokens=20) == "hopper_2"
+    assert "in_one" not in trials.called  # many tiles, each of which takes seconds to compile
+    tried = len(trials.called)
+    assert trials.chosen(tokens=21) == "hopper_2"
+    assert len(trials.called) == tried + 1
+    trials.milliseconds["in_one"] = 1.0
+    assert trials.chosen(size=40) == "in_two"  # rows that are not aligned
+    assert trials.chosen(tokens=16) == trials.chosen(out=7) == "in_one"  # torch has no int8 product for these
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "chosen"),
+    [
+        ({"in_two": 3.0, "in_one": 2.0, "wrong": 0.5}, "in_one"),
+        ({"in_two": 1.0, "hopper": 2.0}, "in_two"),
+        ({"in_two": 1.0}, "in_two"),
+    ],
+)
+def test_a_way_that_fails_or_is_wrong_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float], chosen: str
+) -> None:
+    assert Trials(monkeypatch, **milliseconds).chosen() == chosen
+
+
+def test_a_device_that_has_failed_stops_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(monkeypatch, in_two=1.0)
+
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trials.chosen()
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs an H100 or H200")
+@pytest.mark.parametrize("rows", [1, 17, 300, 4099])
+@pytest.mark.parametrize(("out", "size"), [(8, 16), (269, 272), (2560, 6912)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_for_hopper(rows: int, out: int, size: int, dtype: torch.dtype) -> None:
+    """More tiles than programs, tiles that end outside, one step and many."""
+    codes, scale = torch.randint(-127, 128, (rows, size), dtype=torch.int8), torch.rand(rows, 1) * 100 + 1
+    ternary, column = torch.randint(-1, 2, (out, size), dtype=torch.int8), torch.rand(out) + 0.5
+    for bias in (None, torch.randn(out)):
+        for residual in (None, torch.randn(rows, out).to(dtype)):
+            product = gpu_product.Product(codes, ternary, column, scale, bias, residual, dtype)
+            ways = gpu_product._hopper_ways(product)
+            assert len(ways) == 2
+            for name, way in ways.items():
+                assert torch.equal(way(product), gpu_product._in_two(product)), name
 
 
 def test_strides_do_not_matter() -> None:
     codes, scale = torch.randint(-127, 128, (64, 20), dtype=torch.int8), torch.rand(20, 1) + 1
     stacked, column = stack([torch.randn(6, 64)]), torch.rand(1).expand(6)
-    got = gpu.linear(codes.t(), stacked.codes, column, scale, None, None, torch.float32)
+    got = gpu_product.linear(codes.t(), stacked.codes, column, scale, None, None, torch.float32)
     assert torch.equal(
-        got, gpu.linear(codes.t().contiguous(), stacked.codes, column.clone(), scale, None, None, got.dtype)
+        got, gpu_product.linear(codes.t().contiguous(), stacked.codes, column.clone(), scale, None, None, got.dtype)
     )
     assert torch.equal(gpu.expand(codes.t(), scale, torch.float32), codes.t() * scale)
 
@@ -299,14 +361,15 @@ def test_what_ptxas_makes_of_the_programs(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     programs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {program["name"] for program in programs} >= {"quantize", "norm_backward", "linear", "log_likelihood"}
+    assert {program["name"] for program in programs} >= {"quantize", "norm_backward", "linear", "hopper linear"}
     for program in programs:
-        # A residual's tile and that of y meet at the end; the longest rows are held whole.
-        of_stream = program["name"] == "linear" and "residual" not in program
-        spills = of_stream or program.get("BLOCK") == gpu.LARGEST_ROW
+        product = program["name"] in ("linear", "hopper linear")
+        # What is added to a tile meets it at the end; the longest rows are held whole.
+        more = product and not {"residual", "bias"} <= program.keys()
+        spills = more or program.get("BLOCK") == gpu.LARGEST_ROW
         assert program["local_bytes"] <= (1024 if spills else 64), program
-        assert program["shared_bytes"] <= (227 if program["name"] == "linear" else 99) * 1024, program
-        if program["name"] in ("quantize", "norm_backward", "linear", "dequantize", "expand", "rotate"):
+        assert program["shared_bytes"] <= (227 if product else 99) * 1024, program
+        if product or program["name"] in ("quantize", "norm_backward", "dequantize", "expand", "rotate"):
             assert program["fused_multiply_adds"] == 0, program
-        if program["name"] == "linear":
+        if product:
             assert program["int8_products"] > 0, program

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bitnet_train.labels import IGNORE_INDEX
-from bitnet_train.losses import accuracy, tokens
+from bitnet_train.losses import tokens
 from bitnet_train.losses.accuracy import correct_tokens
 from bitnet_train.losses.tokens import cross_entropy_sum, token_logps
 
@@ -20,7 +20,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("logits_per_chunk", [50, 200, 1 << 24])
 def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, logits_per_chunk: int) -> None:
-    monkeypatch.setattr(tokens, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setitem(tokens.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     hidden, weight, labels = problem()
     loss = cross_entropy_sum(hidden, weight, labels)
     plain = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -95,7 +95,7 @@ def test_no_label_at_all_is_no_loss() -> None:
 def test_correct_tokens_are_those_with_the_highest_logit(
     monkeypatch: pytest.MonkeyPatch, logits_per_chunk: int
 ) -> None:
-    monkeypatch.setattr(accuracy, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setitem(tokens.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     hidden, weight, labels = problem()
     best = (hidden @ weight.t()).argmax(dim=-1)
     labels[1, :3] = best[1, :3]

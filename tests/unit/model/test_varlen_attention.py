@@ -30,14 +30,17 @@ def one_document_at_a_time(
     max_k: int,
     *,
     window_size: tuple[int, int],
+    enable_gqa: bool = True,
 ) -> Tensor:
-    """What torch's `varlen_attn` says it does: `(tokens, heads, head_dim)` each."""
+    """What torch's `varlen_attn` says it does: `(tokens, heads, head_dim)` each, fewer heads of keys and values."""
     assert window_size == (-1, 0)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths = cu_seq_q.diff().tolist()
     assert max_q == max_k == max(lengths)
     parts = [x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)]
-    documents = [F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in zip(*parts, strict=True)]
+    documents = [
+        F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True) for a, b, c in zip(*parts, strict=True)
+    ]
     return torch.cat(documents, dim=1).transpose(0, 1)
 
 
@@ -57,7 +60,9 @@ def test_outputs_and_gradients() -> None:
     ids = torch.randint(0, 2, (3, 40)).cumsum(dim=1) // 5
     ids[0] = 0  # one that fills the row
     documents = Documents(ids)
-    assert module.available(q)
+    assert module.available(q.device)
+    assert module.fits(q)
+    assert documents.lengths is not None
     output = varlen_attention(q, k, v, *documents.lengths)
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), attn_mask=documents.mask
@@ -88,21 +93,24 @@ def test_a_decoder_of_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_documents_are_not_seen() -> None:
     q, k, v = (torch.randn(1, 2, 12, 8).bfloat16() for _ in range(3))
-    documents = Documents(torch.tensor([[0] * 5 + [1] * 7]))
-    before = varlen_attention(q, k, v, *documents.lengths)
+    lengths = Documents(torch.tensor([[0] * 5 + [1] * 7])).lengths
+    assert lengths is not None
+    before = varlen_attention(q, k, v, *lengths)
     k[:, :, :5], v[:, :, :5] = 7.0, 7.0
-    after = varlen_attention(q, k, v, *documents.lengths)
+    after = varlen_attention(q, k, v, *lengths)
     assert torch.equal(before[:, :, 5:], after[:, :, 5:])
     assert not torch.equal(before[:, :, :5], after[:, :, :5])
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 264)])
 def test_what_it_is_not_for(dtype: torch.dtype, dim: int) -> None:
-    assert not module.available(torch.zeros(1, 1, 2, dim, dtype=dtype))
+    assert not module.fits(torch.zeros(1, 1, 2, dim, dtype=dtype))
 
 
 def test_boundaries_are_those_of_the_rows_end_to_end() -> None:
-    boundaries, longest = Documents(torch.tensor([[4, 4, 7, 4, -1, -1], [0, 0, 0, 0, 0, 0]])).lengths
+    lengths = Documents(torch.tensor([[4, 4, 7, 4, -1, -1], [0, 0, 0, 0, 0, 0]])).lengths
+    assert lengths is not None
+    boundaries, longest = lengths
     assert boundaries.tolist() == [0, 2, 3, 4, 6, 12]
     assert longest == 6
 
@@ -111,8 +119,9 @@ def test_torch_takes_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device torch's own function checks them, forward and backward."""
     monkeypatch.setattr(module, "varlen_attn", varlen_attn)
     with torch.device("meta"):
-        q, k, v = inputs = [torch.empty(2, 4, 12, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        shapes = ((2, heads, 12, 64) for heads in (4, 2, 2))
+        q, k, v = inputs = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         output = varlen_attention(q, k, v, torch.empty(5, dtype=torch.int32), 9)
         assert output.shape == (2, 4, 12, 64)
-        for grad in torch.autograd.grad(output, inputs, torch.empty_like(output)):
-            assert grad.shape == (2, 4, 12, 64)
+        for grad, x in zip(torch.autograd.grad(output, inputs, torch.empty_like(output)), inputs, strict=True):
+            assert grad.shape == x.shape

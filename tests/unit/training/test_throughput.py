@@ -4,9 +4,10 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bitnet_train.model.decoder import BitNetForCausalLM
-from bitnet_train.training.throughput import Throughput, flops_per_token
+from bitnet_train.training.throughput import Throughput, flops_per_token, peak_flops
 from tests.support import TINY
 
 
@@ -58,3 +59,21 @@ def test_rates_leave_validation_out_and_tell_waiting_from_work(clock: Clock) -> 
     assert "mfu" not in rates  # no CPU has a known peak
     clock.now += 4.0
     assert throughput.read(8.0, model, devices=1)["tokens_per_second"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_are_those_of_dense_bfloat16(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None

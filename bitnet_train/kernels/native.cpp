@@ -386,6 +386,34 @@ template <class X> void ternary_codes(const X *w, float half, int64_t count, int
     for (int64_t i = 0; i < count; ++i) codes[i] = int8_t((load(w[i]) > half) - (load(w[i]) < -half));
 }
 
+// The sum of x[i] w[i]. Without a pragma: compilers know this sum, and add pairs of products of 16 bits in one step.
+inline int32_t dot(const int16_t *x, const int8_t *w, int64_t size) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < size; ++i) sum += x[i] * int16_t(w[i]);
+    return sum;
+}
+
+// a . b^T of few rows of a: (rows, size) and (out, size) to (rows, out). A row of b is read once for four of a.
+void few_products(const int8_t *a, const int8_t *b, int64_t rows, int64_t out, int64_t size, int32_t *to) {
+    const std::vector<int16_t> wide(a, a + rows * size);
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < out; ++n) {
+        const int8_t *w = b + n * size;
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            const int16_t *x0 = wide.data() + r * size, *x1 = x0 + size, *x2 = x1 + size, *x3 = x2 + size;
+            int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            for (int64_t i = 0; i < size; ++i) {
+                const int16_t code = w[i];
+                s0 += x0[i] * code, s1 += x1[i] * code, s2 += x2[i] * code, s3 += x3[i] * code;
+            }
+            const int32_t sums[] = {s0, s1, s2, s3};
+            for (int k = 0; k < 4; ++k) to[(r + k) * out + n] = sums[k];
+        }
+        for (; r < rows; ++r) to[r * out + n] = dot(wide.data() + r * size, w, size);
+    }
+}
+
 // Place of the two bits of the k-th of the four codes in a byte.
 inline int place(int k, bool descending) { return descending ? 6 - 2 * k : 2 * k; }
 
@@ -498,6 +526,9 @@ LIKELIHOOD(bf16, log_likelihood_bf16, likelihood_gradient_bf16)
 WEIGHTS(float, absolute_sums_f32, ternary_codes_f32)
 WEIGHTS(bf16, absolute_sums_bf16, ternary_codes_bf16)
 
+void integer_products(const int8_t *a, const int8_t *b, int64_t rows, int64_t out, int64_t size, int32_t *to) {
+    few_products(a, b, rows, out, size, to);
+}
 void pack_ternary(const int8_t *codes, int64_t blocks, int64_t width, int64_t descending, uint8_t *to) {
     pack_codes(codes, blocks, width, descending, to);
 }

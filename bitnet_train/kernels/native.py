@@ -288,6 +288,14 @@ def ternary_codes(weight: Tensor, half: float) -> Tensor:
     return codes
 
 
+def integer_products(a: Tensor, b: Tensor) -> Tensor:
+    """a . b^T of int8 `(rows, in)` and `(out, in)` as int32 `(rows, out)`: for a few rows, since b is read once."""
+    (rows, size), out = a.shape, len(b)
+    products = torch.empty(rows, out, dtype=torch.int32, device="cpu")
+    _call("integer_products", a.contiguous(), b.contiguous(), rows, out, size, products)
+    return products
+
+
 def pack_ternary(codes: Tensor, descending: bool) -> Tensor:
     """Codes int8 `(blocks, 4, width)` to uint8 `(blocks, width)`, see `formats.packing.four_in_a_byte`."""
     blocks, _, width = codes.shape

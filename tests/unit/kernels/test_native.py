@@ -19,6 +19,7 @@ from bitnet_train import fused
 from bitnet_train.formats.packing import four_in_a_byte, four_of_a_byte
 from bitnet_train.fused import Norm
 from bitnet_train.kernels import native
+from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.losses import tokens
 from bitnet_train.quant import absmean, row_sums, ternary_codes
 from tests.passes import assert_codes_are_those_of_quant, rotations
@@ -289,6 +290,23 @@ def test_a_library_that_is_not_as_it_was_compiled_is_compiled_again(
     assert len(caplog.messages) == 1
     assert message in caplog.messages[0]
     assert not file.is_symlink()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize(("out", "size"), [(1, 1), (5, 3), (3, 257), (40, 6912)])
+def test_products_of_a_few_rows_are_exact(rows: int, out: int, size: int) -> None:
+    """The largest sums, and any; rows with gaps in between."""
+    a = torch.randint(-127, 128, (rows, 2 * size), dtype=torch.int8)[:, :size]
+    b = torch.randint(-1, 2, (out, size), dtype=torch.int8)
+    b[0], a[0] = 1, -127
+    assert torch.equal(native.integer_products(a, b).long(), a.long() @ b.long().t())
+
+
+def test_a_few_rows_are_multiplied_by_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.ones(2, 8, dtype=torch.int8), torch.ones(3, 8, dtype=torch.int8)
+    monkeypatch.setattr(native, "integer_products", lambda a, b: torch.full((2, 3), 7))
+    assert integer_matmul(a, b).eq(7).all()
+    assert integer_matmul(a.repeat(16, 1), b).eq(8).all()
 
 
 def test_labels_outside_of_the_head_are_refused() -> None:

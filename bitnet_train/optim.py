@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -58,7 +58,10 @@ class OptimizerConfig(ABC):
         grad_clip_per_token: multiplies the limit of a summed gradient by its number of trained tokens (or pairs), so
             that it means the same as for a mean.
         no_decay: patterns (`*`, `?`) of the names of parameters without weight decay; [], as the released 2B4T: none.
+        moment_bytes: what the optimizer keeps of a parameter, at most.
     """
+
+    moment_bytes: ClassVar[float] = 8.0
 
     grad_clip: float
     grad_clip_per_token: bool = False
@@ -107,6 +110,8 @@ class AdamW8bit(AdamW):
     Attributes:
         min_8bit_size: parameters of fewer values, norm gains above all, keep float32 moments.
     """
+
+    moment_bytes: ClassVar[float] = 2.0
 
     min_8bit_size: int = 4096
 

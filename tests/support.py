@@ -128,7 +128,8 @@ def pairs_of(*pairs: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> Item
 
 def environment() -> dict[str, str]:
     """The variables of a command that a test starts: one thread, and this checkout."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def python(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

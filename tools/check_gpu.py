@@ -170,7 +170,7 @@ def products(check: Check) -> None:
 
 
 def steps(check: Check) -> None:
-    """Whole steps against the dense twin, in documents and with 2b4t's head: 30 layers, then 4 with all contestants."""
+    """Whole steps against the dense twin, in documents and with 2b4t's head: 20 layers, then 4 with all contestants."""
     if check.tiny:
         small = ("--shapes", "128x2", "--tokens", "256", "--seq", "64", "--documents", "30", "--vocab", "512")
         check.run(
@@ -178,7 +178,7 @@ def steps(check: Check) -> None:
         )
         return
     common = ("--seq", "4096", "--documents", "1000", "--vocab", "128256", "--rounds", "5")
-    whole = ("--shapes", "2560x30", "--tokens", "8192", "--contestants", "dense", "bitnet_train")
+    whole = ("--shapes", "2560x20", "--tokens", "8192", "--contestants", "dense", "bitnet_train")
     check.run(Part("steps_whole", check.tool("benchmark_step", *whole, *common), lines=6))
     part = ("--shapes", "2560x4", "--tokens", "16384")
     check.run(Part("steps_all", check.tool("benchmark_step", *part, *common), limit=150, lines=12))

@@ -87,7 +87,7 @@ def main() -> None:
     kernels = [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in made.events() or []
-        if event.device_type.name == "CUDA"
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
     if kernels:
         gaps, whole = waits(kernels), max(k.end for k in kernels) - min(k.start for k in kernels)

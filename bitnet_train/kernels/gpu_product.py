@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,19 +183,31 @@ def _hopper_programs() -> ModuleType | None:
     return hopper_product
 
 
-def _on_hopper(tile: "hopper_product.Tile", product: Product) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _tiles_of(rows: int, features: int) -> Callable[[Tensor], Any]:
+    """How the copy engine finds tiles of int8 in a matrix; their layout in shared memory is worked out once."""
     from triton.experimental.gluon.language import NVMMASharedLayout, int8
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    def tiles_of(matrix: Tensor, rows: int) -> TensorDescriptor:
-        block = [rows, tile.features]
-        return TensorDescriptor.from_tensor(matrix, block, NVMMASharedLayout.get_default_for(block, int8))
+    block = [rows, features]
+    layout = NVMMASharedLayout.get_default_for(block, int8)
+    return lambda matrix: TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
 
+
+def _on_hopper(tile: "hopper_product.Tile", product: Product) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
     (tokens, size), out = product.codes.shape, len(product.ternary)
     y, programs = product.result(), _hopper_programs()
     assert programs is not None
-    matrices = tiles_of(product.codes, tile.rows), tiles_of(product.ternary, tile.columns)
-    most = tile.programs * torch.cuda.get_device_properties(y.device).multi_processor_count
+    matrices = (
+        _tiles_of(tile.rows, tile.features)(product.codes),
+        _tiles_of(tile.columns, tile.features)(product.ternary),
+    )
+    most = tile.programs * _multiprocessors(y.device)
     grid = (min(most, -(-tokens // tile.rows) * -(-out // tile.columns)),)
     constants = (tile.rows, tile.columns, tile.features, tile.stages, tile.coalesced)
     options = {"num_warps": tile.warps, **ROUNDING} | ({"maxnreg": tile.registers} if tile.registers else {})

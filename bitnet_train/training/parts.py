@@ -36,7 +36,7 @@ from bitnet_train.training.sharding import share
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_PARAMETER = 4 + 4 + 8  # float32 master, its gradient, the two moments of Adam
+_BYTES_PER_PARAMETER = 4 + 4  # float32 master and its gradient; the optimizer says what it adds
 
 
 @dataclass
@@ -223,5 +223,5 @@ def print_plan(parts: Parts) -> None:
         settings.global_batch_size,
         f"{tokens:,}",
         parts.module.steps / parts.data.steps_per_epoch(),
-        parameters * _BYTES_PER_PARAMETER / 1e9,
+        parameters * (_BYTES_PER_PARAMETER + parts.module.optimizer_config.moment_bytes) / 1e9,
     )

@@ -8,4 +8,4 @@ __version__ = "0.1.0"
 # begins. By itself it looks 300,000 times, some milliseconds, and where another program has the core of one thread, all
 # spin for that one (tools/benchmark_waiting.py). Read when torch is loaded, which must come after this.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")

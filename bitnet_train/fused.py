@@ -46,6 +46,8 @@ class Norm(NamedTuple):
 
 def stack(weights: Sequence[Tensor], scales: Sequence[Tensor | None] | None = None) -> Stacked:
     """Quantises master weights `(out_i, in)`, each with its own scale, which may be known, and stacks them."""
+    if not any(scale is not None for scale in scales or ()) and gpu.stacks(weights):
+        return Stacked(*gpu.stack(weights))
     ternary = [quantize_weight(w, g) for w, g in zip(weights, scales or [None] * len(weights), strict=True)]
     codes = ternary[0].codes if len(ternary) == 1 else torch.cat([weight.codes for weight in ternary])
     return Stacked(codes, torch.cat([weight.scale.expand(len(weight.codes)) for weight in ternary]))

@@ -57,8 +57,14 @@ def launches() -> Iterator[Launch]:
     sums = {"products": "*i32", "column": "*fp32", "scale": "*fp32", "y": "*fp32", "residual": "*fp32", "out": "i32"}
     yield "dequantize", sums, {"bias": None, "BLOCK": gpu._PART}, {}
     yield "expand", {"codes": "*i8", "factor": "*fp32", "y": "*bf16", "size": "i32"}, {"BLOCK": gpu._PART}, {}
-    rows = {"w": "*fp32", "sums": "*fp64", "size": "i32", "odd": "i32"}
+    matrices = dict.fromkeys("abc", "*fp32")
+    rows = {**matrices, "sums": "*fp64", **dict.fromkeys(("second", "third", "size", "odd"), "i32")}
     yield "absolute_sums", rows, {"HALVINGS": 8, "BLOCK": 32}, {"num_warps": gpu._warps(2 * 6912)}
+    bounds = dict.fromkeys(("second", "third", "rows", "size"), "i32")
+    yield "absmeans", {"sums": "*fp64", "scales": "*fp32", **bounds}, {"BLOCK": gpu._PART}, {}
+    stacked = {**matrices, "scales": "*fp32", "codes": "*i8", "column": "*fp32", **bounds}
+    del stacked["rows"]
+    yield "stacked_codes", stacked, {"BLOCK": gpu._PART}, {}
     weights = {"w": "*fp32", "half": "*fp32", "codes": "*i8", "count": "i32"}
     yield "ternary_codes", weights, {"BLOCK": gpu._PART}, {}
     logits, block = {"logits": "*bf16", "labels": "*i64", "lse": "*fp32", "vocab": "i32"}, gpu._VOCABULARY_PART

@@ -1,6 +1,6 @@
 """How fast the quickstart's pre-training is beside programs that keep cores busy, by how OpenMP's threads wait.
 
-    ours       what `bitnet_train/__init__.py` sets: a thread that waits for others looks 1,000 times, then it sleeps
+    ours       what `bitnet_train/__init__.py` sets: a thread that waits for others looks 4,000 times, then it sleeps
     spinning   it looks 300,000 times, some milliseconds: what GNU's OpenMP does where nothing is said
     N          it looks N times (GOMP_SPINCOUNT)
 
@@ -32,6 +32,7 @@ from bitnet_train.options import integer
 SPINNING = "300000"
 _WARM_UP, _RATE = 3, "train/tokens_per_second"  # steps left out, the metric
 _BUSY = "while True: pass"
+_ROWS = 8  # of a step of the quickstart's, shared out over the ranks
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def rate(way: str, ranks: int, steps: int) -> float:
             *("+recipe=quickstart-pretrain", f"run_dir={folder}", f"max_steps={steps}", "schedule.warmup_steps=1"),
             *("data.val=null", "log_every=1", "health_every=0", "checkpoint_every=1000"),
             *([f"trainer=ddp trainer.accelerator=cpu trainer.devices={ranks}"] if ranks > 1 else ["trainer=cpu"]),
+            f"micro_batch_size={_ROWS // ranks}",
             *([] if HAS_BFLOAT16 else ["trainer.precision=32-true"]),
         ]
         command = [sys.executable, "-m", "bitnet_train", *" ".join(words).split()]
@@ -80,7 +82,7 @@ def main() -> None:
     parser = ArgumentParser(description="Benchmark training beside busy processes.")
     parser.add_argument("--busy", nargs="+", type=integer(0), default=[0, 1, 2], help="processes that take a core each")
     parser.add_argument("--ways", nargs="+", default=["ours"], help="ours, or a number of looks")
-    parser.add_argument("--ranks", type=integer(1), default=1, help="of a run (default: %(default)s)")
+    parser.add_argument("--ranks", type=integer(1, _ROWS), default=1, help="of a run (default: %(default)s)")
     parser.add_argument("--steps", type=integer(_WARM_UP + 1), default=12, help="of a run (default: %(default)s)")
     parser.add_argument("--rounds", type=integer(1), default=3, help="runs of every way (default: %(default)s)")
     arguments = parser.parse_args()

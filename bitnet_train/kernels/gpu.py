@@ -11,6 +11,8 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEVICE = "cuda"
 ROUNDING = {"enable_fp_fusion": False}  # of every program: a * b + c is two roundings, as in quant.py
+MOST_STACKED = 3  # matrices that are quantised together: queries, keys, values
 LARGEST_ROW = 1 << 14  # features that a program holds at once
 ROW_BLOCKS = 512  # partial sums of a sum over rows: a few for each multiprocessor, whatever the device
 _PART = 1024  # of a row or an array, of a program that needs no whole rows
@@ -138,13 +141,52 @@ def folds(size: int) -> bool:
 
 def absolute_sums(rows: Tensor) -> Tensor:
     """sum |w| of every row `(rows, size)`, float64 `(rows,)`, in the order of `quant.row_sums`: to its last bit."""
-    count, size = rows.shape
-    sums = torch.empty(count, dtype=torch.float64, device=rows.device)
+    return _absolute_sums([rows.contiguous()], [0, len(rows), len(rows), len(rows)])
+
+
+def _absolute_sums(matrices: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    """The same of up to three contiguous matrices below each other; `bounds`: the first row of each, and the end."""
+    size = matrices[0].shape[1]
+    sums = torch.empty(bounds[3], dtype=torch.float64, device=matrices[0].device)
     halvings = (size & -size).bit_length() - 1
     block = _power_of_two(size >> halvings)
-    arguments = (rows.contiguous(), sums, size, size >> halvings, halvings, block)
-    launch("absolute_sums", (count,), *arguments, num_warps=_warps(2 * block << halvings))
+    arguments = (*_three(matrices), sums, *bounds[1:3], size, size >> halvings, halvings, block)
+    launch("absolute_sums", (bounds[3],), *arguments, num_warps=_warps(2 * block << halvings))
     return sums
+
+
+def _three(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """For programs that take three; the last one again has no rows of its own."""
+    return [*matrices, matrices[-1], matrices[-1]][:MOST_STACKED]
+
+
+def stacks(weights: Sequence[Tensor]) -> bool:
+    """Whether `stack` can quantise these weights: up to three matrices of one width and dtype."""
+    first = weights[0]
+    return (
+        len(weights) <= MOST_STACKED
+        and all(w.ndim == 2 and w.shape[1] == first.shape[1] and w.dtype == first.dtype and len(w) for w in weights)
+        and available(*weights, size=first.shape[1])
+        and folds(first.shape[1])
+    )
+
+
+def stack(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ternary codes int8 `(out, in)` of weights below each other, and the scale of every row, float32 `(out,)`.
+
+    In three launches: a layer has seven weights, and its host would else launch fifty times for them.
+    """
+    matrices = [weight.detach().contiguous() for weight in weights]
+    bounds = [0, *accumulate(map(len, matrices))]
+    bounds += bounds[-1:] * (MOST_STACKED + 1 - len(bounds))
+    (size, device), out = (matrices[0].shape[1], matrices[0].device), bounds[-1]
+    sums = _absolute_sums(matrices, bounds)
+    scales, column = (torch.empty(count, dtype=torch.float32, device=device) for count in (MOST_STACKED, out))
+    launch("absmeans", (len(matrices),), sums, scales, *bounds[1:], size, _PART)
+    codes = torch.empty(out, size, dtype=torch.int8, device=device)
+    arguments = (*_three(matrices), scales, codes, column, *bounds[1:3], size, _PART)
+    launch("stacked_codes", (out, -(-size // _PART)), *arguments)
+    return codes, column
 
 
 def ternary_codes(weight: Tensor, half: Tensor) -> Tensor:

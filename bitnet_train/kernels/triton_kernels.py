@@ -192,9 +192,24 @@ def expand(codes, factor, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _start_of_row(a, b, c, row, second, third, size):
+    """Where a row begins of three matrices below each other, of which b begins with row `second`, c with `third`."""
+    start = a + row * size
+    if row >= second:
+        start = b + (row - second) * size
+    if row >= third:
+        start = c + (row - third) * size
+    return start
+
+
+@triton.jit
 def absolute_sums(
-    w,
+    a,
+    b,
+    c,
     sums,
+    second,
+    third,
     size,
     odd,
     HALVINGS: tl.constexpr,
@@ -202,8 +217,9 @@ def absolute_sums(
 ):
     """A row: sum |w|, float64, its right half added to its left until one is left; size = odd 2^HALVINGS."""
     row = tl.program_id(0).to(tl.int64)
+    start = _start_of_row(a, b, c, row, second, third, size)
     piece, i = tl.arange(0, 2**HALVINGS)[:, None], tl.arange(0, BLOCK)[None, :]
-    value = tl.abs(tl.load(w + row * size + piece * odd + i, i < odd, other=0.0).to(tl.float64))
+    value = tl.abs(tl.load(start + piece * odd + i, i < odd, other=0.0).to(tl.float64))
     for halving in tl.static_range(HALVINGS):
         value = tl.sum(tl.reshape(value, (2, 2 ** (HALVINGS - 1 - halving), BLOCK)), axis=0)
     columns = odd
@@ -213,6 +229,34 @@ def absolute_sums(
         value += tl.where(i + half < columns, right, 0.0)
         columns = half
     tl.store(sums + row + i, value, i < 1)
+
+
+@triton.jit
+def absmeans(sums, scales, second, third, rows, size, BLOCK: tl.constexpr):
+    """A matrix: g = max(mean |w|, 1e-5), float32, of the sums of its rows."""
+    number = tl.program_id(0)
+    first = tl.where(number == 0, 0, tl.where(number == 1, second, third))
+    last = tl.where(number == 0, second, tl.where(number == 1, third, rows))
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, last, BLOCK):
+        total += tl.load(sums + start + i, i < last - start, other=0.0)
+    mean = tl.sum(total, axis=0) / ((last - first).to(tl.float64) * size)
+    scale = mean.to(tl.float32)
+    tl.store(scales + number, tl.where(scale < 1e-5, 1e-5, scale))  # quant.WEIGHT_EPS; a NaN stays one
+
+
+@triton.jit
+def stacked_codes(a, b, c, scales, codes, column, second, third, size, BLOCK: tl.constexpr):
+    """A part of a row of matrices below each other: -1 where w < -g / 2, 1 where w > g / 2, else 0; and the row's g."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    scale = tl.load(scales + (row >= second).to(tl.int32) + (row >= third).to(tl.int32))
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    start = _start_of_row(a, b, c, row, second, third, size)
+    value, half = tl.load(start + i, i < size, other=0.0).to(tl.float32), scale * 0.5
+    tl.store(codes + row * size + i, (value > half).to(tl.int8) - (value < -half).to(tl.int8), i < size)
+    if part == 0:
+        tl.store(column + row, scale)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def test_the_package_alone_imports_nothing_but_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "found"),
     [
-        ({}, ["1000", "None"]),
+        ({}, ["4000", "None"]),
         ({"GOMP_SPINCOUNT": "7"}, ["7", "None"]),
         ({"OMP_WAIT_POLICY": "active"}, ["None", "active"]),
     ],

@@ -162,6 +162,31 @@ def test_weights(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert torch.equal(codes[0], expected[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [[1], [7], [40, 3], [5, 1, 1100]])
+@pytest.mark.parametrize("size", [123, 1152])
+def test_stacked_weights_are_those_of_quant(dtype: torch.dtype, rows: list[int], size: int) -> None:
+    """Each matrix has its own scale, to the last bit, also where its magnitude is another's, zero or not finite."""
+    weights = [(torch.randn(count, size) * 10.0 ** (2 * k)).to(dtype) for k, count in enumerate(rows)]
+    weights[0][0, :3] = absmean(weights[0]) / 2  # a tie: no more than half
+    if len(rows) == 2:
+        weights[1].zero_()
+    if len(rows) == 3:
+        weights[1][0, 5] = float("inf")
+    assert gpu.stacks(weights)
+    got, want = both(lambda: stack(weights))
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_not_stacked() -> None:
+    one, bfloat16 = torch.ones(2, 8), torch.ones(2, 8, dtype=torch.bfloat16)
+    for weights in ([one] * 4, [one, torch.ones(2, 9)], [one, bfloat16], [torch.ones(0, 8)], [torch.ones(1, 131)]):
+        assert not gpu.stacks(weights)
+    known = [torch.tensor(2.0), None]
+    assert stack([one, one], known).column.tolist() == [2.0, 2.0, 1.0, 1.0]
+
+
 def test_a_weight_in_bfloat16_against_a_threshold_between_two_of_its_values() -> None:
     weight, scale = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125]).bfloat16(), torch.tensor(2.0001)
     assert ternary_codes(weight, scale).tolist() == [0, 1, 0, -1]

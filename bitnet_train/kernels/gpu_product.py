@@ -108,7 +108,7 @@ def _way(product: Product) -> Way:
 
 def _fastest(product: Product, ways: list[Way]) -> Way | None:
     """The fastest of these ways and of `_in_two`; None where none of these ways works."""
-    expected = _in_two(product.last(_CHECKED))
+    expected = _expected(product)
     times = {way: _milliseconds(way, product, expected) for way in ways}
     if not ways or min(times.values()) == math.inf:
         return None
@@ -116,7 +116,16 @@ def _fastest(product: Product, ways: list[Way]) -> Way | None:
     return min(times, key=lambda way: times[way])
 
 
-def _milliseconds(way: Way, product: Product, expected: Tensor) -> float:
+def _expected(product: Product) -> Tensor | None:
+    """The last rows by torch's product; None where torch knows no such product."""
+    try:
+        return _in_two(product.last(_CHECKED))
+    except RuntimeError:
+        torch.cuda.synchronize(product.codes.device)  # a device that has failed says so again
+        return None
+
+
+def _milliseconds(way: Way, product: Product, expected: Tensor | None) -> float:
     """How long it takes; for ever where it cannot be compiled, has no memory, or gives another result.
 
     Raises:
@@ -126,11 +135,12 @@ def _milliseconds(way: Way, product: Product, expected: Tensor) -> float:
     from triton.testing import do_bench
 
     try:
+        last = way(product)[-_CHECKED:]
         # As bytes, since a NaN is equal to nothing.
-        right = torch.equal(way(product)[-_CHECKED:].view(torch.uint8), expected.view(torch.uint8))
+        right = expected is None or torch.equal(last.view(torch.uint8), expected.view(torch.uint8))
         taken = float(do_bench(lambda: way(product), warmup=_WARMUP, rep=_REPETITIONS)) if right else math.inf
     except (RuntimeError, TritonError) as error:
-        torch.cuda.synchronize(product.codes.device)  # a device that has failed says so again
+        torch.cuda.synchronize(product.codes.device)  # likewise
         logger.info("%s cannot multiply %s: %s", way, product.kind, error)
         return math.inf
     if not right:

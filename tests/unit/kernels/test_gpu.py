@@ -310,6 +310,7 @@ def test_the_fastest_way_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> 
         ({"in_two": 3.0, "in_one": 2.0, "wrong": 0.5}, "in_one"),
         ({"in_two": 1.0, "hopper": 2.0}, "in_two"),
         ({"in_two": 1.0}, "in_two"),
+        ({"hopper": 2.0}, "hopper"),
     ],
 )
 def test_a_way_that_fails_or_is_wrong_is_not_taken(

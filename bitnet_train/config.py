@@ -131,9 +131,15 @@ def _at_least_one(name: str, value: int) -> None:
         raise UserError(f"{name} must be at least 1, got {value}")
 
 
+_MAY_BE_ABSENT = {"callbacks", "logger", "launcher", "hparams_search"}
+
+
 def run_config(config: DictConfig) -> RunConfig:
     """The run's own fields, with every group's node left out."""
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    for name in sorted(groups - _MAY_BE_ABSENT):
+        if not isinstance(config.get(name), DictConfig):
+            raise UserError(f"{name} must be keys with values, got {config.get(name)!r}; mend the recipe")
     own = {key: value for key, value in config.items() if key not in groups}
     if own.get("recipe_name") is None:
         raise UserError(f"no recipe was chosen; add +recipe=NAME with one of {', '.join(recipe_names())}")

@@ -24,7 +24,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PAIR, _ONE = rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}", rb"\\u[0-9a-fA-F]{4}"
 _ESCAPE = re.compile(rb"%b|%b|\\[^u]" % (_PAIR, _ONE), re.DOTALL)  # each is one character
 _UNITS = re.compile(rb'(?:[^\\"]++|%b|%b|\\[^u])*+' % (_PAIR, _ONE), re.DOTALL)
-_HALF_A_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+_HALF_A_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*%b" % _HALF.pattern)
 _LONGEST_ESCAPE = 12  # bytes
 _TEXT_BEGINS = re.compile(rb'"text"\s*:\s*"')
 _TRIES = 64  # of places that a pattern finds
@@ -217,7 +218,8 @@ def _units(data: bytes) -> int:
     end = found.end()
     if data[end : end + 1] == b'"':
         return end
-    if _HALF_A_PAIR.search(data[:end]):
+    # The second pattern looks at every byte, and only a backslash before the first decides about it.
+    if _HALF.match(data[:end], max(end - 6, 0)) and _HALF_A_PAIR.search(data[:end]):
         return end - 6
     return end - _unfinished(data[max(end - 4, 0) : end])
 

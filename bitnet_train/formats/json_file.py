@@ -97,6 +97,13 @@ def check(content: Mapping[str, Any], where: str, schema: Any, remedy: str = "me
         problem, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("$").removeprefix(".") or "the file"
         raise UserError(f"{where}: {field}: {_in_words(problem)}; {remedy}") from None
+    except UnicodeEncodeError as error:
+        raise _half_a_pair(where, error) from None
+
+
+def _half_a_pair(where: str, error: UnicodeEncodeError) -> UserError:
+    bad = error.object[error.start]
+    return UserError(f"{where}: no text may hold half of a surrogate pair, got {bad!r}; mend the file")
 
 
 def _check_texts(read: object, where: str) -> None:
@@ -104,8 +111,7 @@ def _check_texts(read: object, where: str) -> None:
     try:
         msgspec.json.encode(read)
     except UnicodeEncodeError as error:
-        bad = error.object[error.start]
-        raise UserError(f"{where}: no text may hold half of a surrogate pair, got {bad!r}; mend the file") from None
+        raise _half_a_pair(where, error) from None
 
 
 def _in_words(problem: str) -> str:

@@ -50,6 +50,8 @@ def test_half_a_surrogate_pair_is_no_text_where_it_is_read() -> None:
     assert parsed_json('{"other": "\\ud800"}', "f.json", _Schema)
     with pytest.raises(UserError, match=r"f.json: no text may hold half of a surrogate pair, got '\\ud800'"):
         parsed_json('{"names": [{"a": "x\\ud800"}]}', "f.json", _Schema)
+    with pytest.raises(UserError, match="no text may hold half of a surrogate pair"):
+        parsed_json('{"size": "\\ud800"}', "f.json", _Schema)  # where a text is none of the types
 
 
 @pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 900, 100_000])

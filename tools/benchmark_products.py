@@ -30,7 +30,7 @@ from bitnet_train.kernels import gpu_product
 from bitnet_train.kernels.integer_matmul import integer_matmul
 from bitnet_train.losses import tokens as loss
 from bitnet_train.model.attention import Documents
-from bitnet_train.model.varlen_attention import varlen_attention
+from bitnet_train.model.varlen_attention import available, varlen_attention
 from bitnet_train.options import integer
 
 BFLOAT16 = "bfloat16, large"
@@ -93,7 +93,11 @@ def ways(name: str, product: gpu_product.Product, operations: int) -> Iterator[C
     """The int8 product in each of its ways."""
     expected = None
     for way, call in gpu_product.ways(product).items():
-        y = call(product)
+        try:
+            y = call(product)
+        except Exception as error:
+            print(f"{name}: int8, {way}: cannot: {error}")
+            continue
         expected = y if expected is None else expected
         right = "" if torch.equal(y, expected) else ": WRONG"
         yield Call(f"{name}: int8, {way}{right}", functools.partial(call, product), operations)
@@ -120,8 +124,8 @@ def attentions(tokens: int, seq: int, hidden: int, device: str) -> Iterator[Call
         yield Call(f"attention, {backend.name}", lambda b=backend: both(lambda: whole(b)), operations)  # type: ignore[misc]
     for length in (seq, seq // 8):
         documents = Documents(torch.arange(tokens, device=device).view(-1, seq) // length)
-        if documents.lengths is not None:
-            call = functools.partial(varlen_attention, q, k, v, *documents.lengths)
+        if available(q.device):
+            call = functools.partial(varlen_attention, q, k, v, *documents.measure())
             yield Call(f"attention, documents of {length}", lambda c=call: both(c), operations * length / seq)  # type: ignore[misc]
 
 
@@ -151,7 +155,7 @@ def report(calls: Iterator[Call], device: str, ceiling: float | None = None) -> 
     for name, call, work, unit in calls:
         try:
             times[name] = median_milliseconds(call, device)
-        except RuntimeError as error:
+        except Exception as error:
             print(f"{name:44} cannot: {str(error).splitlines()[0][:100]}", flush=True)
             continue
         rate = work / times[name] / (1e6 if unit == "GB/s" else 1e9)

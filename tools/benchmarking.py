@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def context() -> dict[str, Any]:
     installed = {name: _version(name) for name in _PACKAGES}
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores{_gpu()}",
         "versions": {"python": platform.python_version(), **{name: v for name, v in installed.items() if v}},
     }
 
@@ -108,6 +109,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu() -> str:
+    """The name of the GPU, for programs that have loaded torch."""
+    torch = sys.modules.get("torch")
+    return f", {torch.cuda.get_device_name()}" if torch is not None and torch.cuda.is_available() else ""
 
 
 def _processor() -> str:

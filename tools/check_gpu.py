@@ -26,7 +26,7 @@ import bitnet_train  # noqa: F401  (before torch)
 # isort: split
 
 from benchmarking import context_line
-from bitnet_train.errors import ArgumentParser, run_command
+from bitnet_train.errors import ArgumentParser, UserError, run_command
 from bitnet_train.formats.metrics import read_events
 
 ROOT = Path(__file__).parent.parent
@@ -53,9 +53,14 @@ class Check:
     Args:
         out: the folder.
         tiny: shapes for a CPU.
+
+    Raises:
+        UserError: the folder holds something: a run that has ended there would not be run again.
     """
 
     def __init__(self, out: Path, tiny: bool) -> None:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out}: the folder is not empty; name another one")
         self.out, self.tiny = out, tiny
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.data, self.summary = out / "data", (out / "summary.txt").open("w")

@@ -1,8 +1,8 @@
 """The exact product of int8 matrices: oneDNN (VNNI, AMX) on CPU, int8 tensor cores on CUDA, float32 elsewhere.
 
 A few rows, as generation has them, are multiplied by native.cpp on CPU: float32 copies of all codes, made again for
-every token, would take 70 times as long, and oneDNN somewhat longer for one row. Milliseconds on two cores of a Xeon
-with AMX, the shortest of 31, for 13,824 rows of 2,560 codes (2026-11-27):
+every token, would take 7 to 80 times as long, and oneDNN somewhat longer for one row. Milliseconds on two cores of a
+Xeon with AMX, the shortest of 31, for 13,824 rows of 2,560 codes (2026-11-27):
 
 | rows of a | native.cpp | oneDNN | float32 |
 |---|---|---|---|
@@ -26,7 +26,7 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     |a . b| <= 127 in < 2^24, so that float32 holds every sum too, in whatever order it is made.
     """
-    if 0 < len(a) <= _FEW and native.available(a, b, dtypes=(torch.int8,)):
+    if 0 < len(a) <= _FEW and a.shape[1] == b.shape[1] and native.available(a, b, dtypes=(torch.int8,)):
         return native.integer_products(a, b)
     if _has_int8_matmul(a, b):
         return torch._int_mm(a, b.t())

@@ -25,7 +25,8 @@ from bitnet_train.autocast import compute_dtype, no_autocast
 from bitnet_train.kernels import gpu, native
 from bitnet_train.labels import IGNORE_INDEX
 
-# 128 MB in bfloat16; on CUDA 1 GB, since every chunk reads and writes the whole gradient of the head.
+# 128 MB in bfloat16; where Triton's programs work on them 1 GB, since every chunk reads and writes the whole gradient
+# of the head. Torch's passes take several times the memory of a chunk.
 LOGITS_PER_CHUNK = {"cpu": 1 << 26, "cuda": 1 << 29}
 WEIGHTS_PER_SLICE = 1 << 24  # of the head's gradient, where a slice waits for its sum
 _ALIGNED = 64  # rows of a slice: a slice of the logits' columns begins where a product reads fast
@@ -33,7 +34,7 @@ _ALIGNED = 64  # rows of a slice: a slice of the logits' columns begins where a 
 
 def positions_at_once(weight: Tensor) -> int:
     """The number of positions whose logits under a head `(vocab, hidden)` exist at a time."""
-    return max(1, LOGITS_PER_CHUNK.get(weight.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
+    return max(1, LOGITS_PER_CHUNK["cuda" if weight.is_cuda and gpu.available(weight) else "cpu"] // len(weight))
 
 
 def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
@@ -147,7 +148,13 @@ class _TokenLogps(Function):
 
 
 def _kept(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """States and labels of the positions that have a label, and their places, of which the host asks once."""
+    """States and labels of the positions that have a label, and their places, of which the host asks once.
+
+    Raises:
+        ValueError: states and labels have other positions.
+    """
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"labels must have the positions of hidden {tuple(hidden.shape)}, got {tuple(labels.shape)}")
     at = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     return hidden.flatten(0, -2).index_select(0, at), labels.flatten().index_select(0, at), at
 

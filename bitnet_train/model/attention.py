@@ -56,9 +56,11 @@ class Documents:
 
     Attributes:
         starts: int64 `(batch, seq)`, the first position of the document that each position belongs to.
-        lengths: for `varlen_attention`, where the device has it: where documents begin in the rows laid end to end,
+        lengths: for `varlen_attention`, once `measure` was called: where documents begin in the rows laid end to end,
             and their end, int32, and the tokens of the longest one.
     """
+
+    lengths: tuple[Tensor, int] | None = None
 
     def __init__(self, document_ids: Tensor) -> None:
         """A run of equal numbers in `document_ids` (batch, seq) is a document."""
@@ -66,13 +68,14 @@ class Documents:
         changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
         self.starts = (positions * changes).cummax(dim=1).values
         self._mask: Tensor | None = None
-        self.lengths = self._measured() if varlen_attention.available(self.starts.device) else None
 
-    def _measured(self) -> tuple[Tensor, int]:
-        starts = self.starts.cpu()  # the one time that the host waits
+    def measure(self) -> tuple[Tensor, int]:
+        """Fills in `lengths`, of at least one position. The host waits for the device, once."""
+        starts = self.starts.cpu()
         begins = (starts == torch.arange(starts.shape[1], device="cpu")).flatten().nonzero()[:, 0]
         boundaries = F.pad(begins, (0, 1), value=starts.numel()).int()
-        return boundaries.to(self.starts.device, non_blocking=True), int(boundaries.diff().max())
+        self.lengths = boundaries.to(self.starts.device, non_blocking=True), int(boundaries.diff().max())
+        return self.lengths
 
     @property
     def mask(self) -> Tensor:
@@ -125,7 +128,7 @@ class BitNetAttention(nn.Module):
         if whole and block_attention_available(q):
             starts = q.new_zeros(q.shape[0], q.shape[2], dtype=torch.int64) if documents is None else documents.starts
             attended = block_attention(q, k, v, starts)
-        elif whole and documents is not None and documents.lengths is not None and varlen_attention.fits(q):
+        elif whole and documents and documents.lengths and varlen_attention.fits(self.head_dim, q.dtype):
             attended = varlen_attention.varlen_attention(q, k, v, *documents.lengths)
         else:
             attended = F.scaled_dot_product_attention(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bitnet_train.model import varlen_attention
 from bitnet_train.model.attention import BitNetAttention, Documents, KVCache, LayerCache
 from bitnet_train.model.config import BitNetConfig
 from bitnet_train.model.feed_forward import BitNetMLP
@@ -96,6 +97,8 @@ class BitNetModel(nn.Module):
         config = self.config
         by = rotation(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
         documents = Documents(document_ids) if document_ids is not None else None
+        if documents is not None and varlen_attention.is_for(h, config.head_dim):
+            documents.measure()  # here: a compiled layer cannot wait for it
         for index, layer in enumerate(self.layers):
             h = layer(h, by, documents, cache.layer(index) if cache is not None else None)
         output: Tensor = self.norm(h)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.backends.cuda import is_flash_attention_available
 from torch.nn.attention.varlen import varlen_attn
 
+from bitnet_train.autocast import compute_dtype
 from bitnet_train.kernels.gpu import capable
 
 DEVICE = "cuda"
@@ -27,10 +28,14 @@ def available(device: torch.device) -> bool:
     return device.type == DEVICE and capable(device) and not (on_cuda and not is_flash_attention_available())
 
 
-def fits(q: Tensor) -> bool:
-    """Whether it can work on queries like these."""
-    dim = q.shape[-1]
-    return dim % 8 == 0 and dim <= LARGEST_HEAD and q.dtype in (torch.bfloat16, torch.float16)
+def fits(dim: int, dtype: torch.dtype) -> bool:
+    """Whether it can work on heads of this size and dtype."""
+    return dim % 8 == 0 and dim <= LARGEST_HEAD and dtype in (torch.bfloat16, torch.float16)
+
+
+def is_for(h: Tensor, head_dim: int) -> bool:
+    """Whether layers that read a stream `(batch, seq, hidden)` can attend in this way."""
+    return h.numel() > 0 and available(h.device) and fits(head_dim, compute_dtype(h))
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:

@@ -22,6 +22,7 @@ Metrics = dict[str, float]
 # Nvidia's data sheets give most of them with sparsity, that is twice as high. Those of the RTX are in the white papers
 # of Ada and Blackwell.
 PEAKS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
     "H200 NVL": 835.5,
     "H200": 989.4,
@@ -35,13 +36,16 @@ PEAKS = {
     "A10G": 70.0,
     "RTX 5090": 209.5,
     "RTX 4090": 165.2,
+    "RTX 3090 Ti": 80.0,
     "RTX 3090": 71.0,
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Most bfloat16 operations per second of a device, where they are known."""
+    """Most bfloat16 operations per second of a device, where they are known: not of a part of one or a laptop's."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "Laptop" in name or "MIG" in name:
+        return None
     return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 

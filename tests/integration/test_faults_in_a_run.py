@@ -127,13 +127,7 @@ def _fourth(whole: Ended, data: Path, run: Run) -> None:
 
 
 def without_rates(run_dir: Path) -> list[dict[str, float]]:
-    clocked = (
-        "train/tokens_per_second",
-        "train/tflops_per_second",
-        "train/mfu",
-        "train/peak_memory_gb",
-        "train/data_wait",
-    )
+    clocked = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gb", "data_wait")
     return [{k: v for k, v in event.items() if k.removeprefix("train/") not in clocked} for event in metrics(run_dir)]
 
 

@@ -81,13 +81,7 @@ def same_model(left: Path, right: Path) -> bool:
 
 def without_rates(events: list[dict[str, float]]) -> list[dict[str, float]]:
     """What a resumed run must repeat: all but what depends on the clock."""
-    clocked = (
-        "train/tokens_per_second",
-        "train/tflops_per_second",
-        "train/mfu",
-        "train/peak_memory_gb",
-        "train/data_wait",
-    )
+    clocked = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gb", "data_wait")
     return [{k: v for k, v in event.items() if k.removeprefix("train/") not in clocked} for event in events]
 
 

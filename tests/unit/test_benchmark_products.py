@@ -23,9 +23,10 @@ def test_every_product_is_measured(
     before = dict(tokens.LOGITS_PER_CHUNK)
     run(monkeypatch, hidden=128, tokens=64, seq=32, vocab=100, large=64, json=tmp_path / "out.json")
     times = json.loads((tmp_path / "out.json").read_text())["results"]
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = [line for line in capsys.readouterr().out.splitlines()[1:] if " cannot: " not in line]
     assert [line[:44].rstrip() for line in lines] == list(times)
-    assert {"copy", "gate up: int8, ours", "down: ours, backward", "loss, 64 Mi logits"} <= times.keys()
+    assert {"copy", "gate up: int8, ours", "down: ours, backward"} <= times.keys()
+    assert sum(name.startswith("loss, ") for name in times) == 3
     assert min(times.values()) > 0
     assert all("%" in line for line in lines[3:])  # of the ceiling
     assert before == tokens.LOGITS_PER_CHUNK

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import check_gpu
+from bitnet_train.errors import UserError
 from check_gpu import Check, Part, differences, last_rates, write_sources
 from tests.support import write_jsonl
 
@@ -42,6 +43,12 @@ def test_a_part_is_stopped_as_a_cluster_does(check: Check) -> None:
     )
     check.run(Part("stopped", python(program), stop_after=2))
     assert "== stopped: exit code 85" in (check.out / "summary.txt").read_text()
+
+
+def test_a_folder_with_results_is_not_used_again(check: Check) -> None:
+    """A run that has ended there would not be run again, and its figures would stand for new ones."""
+    with pytest.raises(UserError, match="the folder is not empty; name another one"):
+        Check(check.out, tiny=True)
 
 
 def test_sources_become_rows(tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_integer_matmul_in_floats_is_exact_under_autocast(monkeypatch: pytest.Mo
         assert integer_matmul(a, b).eq(127 * 301).all()
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("width", [24, 40])
+def test_matrices_of_other_widths_have_no_product(rows: int, width: int) -> None:
+    with pytest.raises(RuntimeError):
+        integer_matmul(torch.ones(rows, width, dtype=torch.int8), torch.ones(3, 32, dtype=torch.int8))
+
+
 def test_integer_matmul_of_nothing() -> None:
     assert integer_matmul(torch.empty(0, 4, dtype=torch.int8), torch.ones(3, 4, dtype=torch.int8)).shape == (0, 3)
 

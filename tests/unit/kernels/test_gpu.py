@@ -285,8 +285,9 @@ class Trials:
         call()
         return self.milliseconds[self.called[-1]]
 
-    def chosen(self, tokens: int = 20, size: int = 32, out: int = 8) -> str:
+    def chosen(self, tokens: int = 20, size: int = 32, out: int = 8, address: int = 64) -> str:
         codes = Mock(device=torch.device("cuda"), shape=(tokens, size), __getitem__=lambda self, rows: self)
+        codes.data_ptr.return_value = address
         one = torch.ones(1)
         gpu_product._way(gpu_product.Product(codes, torch.zeros(out, 8), one, one, None, None, torch.float32))(Mock())
         return self.called[-1]
@@ -302,6 +303,7 @@ def test_the_fastest_way_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> 
     trials.milliseconds["in_one"] = 1.0
     assert trials.chosen(size=40) == "in_two"  # rows that are not aligned
     assert trials.chosen(tokens=16) == trials.chosen(out=7) == "in_one"  # torch has no int8 product for these
+    assert trials.chosen(address=72) == "in_one"  # the copy engine reads none that begins there
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The losses against the plain formulas."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +104,11 @@ def test_correct_tokens_are_those_with_the_highest_logit(
     expected = int((best == labels).sum())
     assert correct_tokens(hidden, weight, labels) == expected >= 3
     assert correct_tokens(hidden, weight, torch.full_like(labels, IGNORE_INDEX)) == 0
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_sum, token_logps])
+def test_labels_of_other_positions_are_refused(loss: Callable[..., torch.Tensor]) -> None:
+    """What forgetting one side of the shift makes."""
+    hidden, weight, labels = problem()
+    with pytest.raises(ValueError, match=r"labels must have the positions of hidden \(3, 7, 16\), got \(3, 6\)"):
+        loss(hidden, weight, labels[:, 1:])

@@ -61,9 +61,8 @@ def test_outputs_and_gradients() -> None:
     ids[0] = 0  # one that fills the row
     documents = Documents(ids)
     assert module.available(q.device)
-    assert module.fits(q)
-    assert documents.lengths is not None
-    output = varlen_attention(q, k, v, *documents.lengths)
+    assert module.fits(q.shape[-1], q.dtype)
+    output = varlen_attention(q, k, v, *documents.measure())
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), attn_mask=documents.mask
     )
@@ -93,8 +92,7 @@ def test_a_decoder_of_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_documents_are_not_seen() -> None:
     q, k, v = (torch.randn(1, 2, 12, 8).bfloat16() for _ in range(3))
-    lengths = Documents(torch.tensor([[0] * 5 + [1] * 7])).lengths
-    assert lengths is not None
+    lengths = Documents(torch.tensor([[0] * 5 + [1] * 7])).measure()
     before = varlen_attention(q, k, v, *lengths)
     k[:, :, :5], v[:, :, :5] = 7.0, 7.0
     after = varlen_attention(q, k, v, *lengths)
@@ -104,13 +102,11 @@ def test_other_documents_are_not_seen() -> None:
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 264)])
 def test_what_it_is_not_for(dtype: torch.dtype, dim: int) -> None:
-    assert not module.fits(torch.zeros(1, 1, 2, dim, dtype=dtype))
+    assert not module.fits(dim, dtype)
 
 
 def test_boundaries_are_those_of_the_rows_end_to_end() -> None:
-    lengths = Documents(torch.tensor([[4, 4, 7, 4, -1, -1], [0, 0, 0, 0, 0, 0]])).lengths
-    assert lengths is not None
-    boundaries, longest = lengths
+    boundaries, longest = Documents(torch.tensor([[4, 4, 7, 4, -1, -1], [0, 0, 0, 0, 0, 0]])).measure()
     assert boundaries.tolist() == [0, 2, 3, 4, 6, 12]
     assert longest == 6
 

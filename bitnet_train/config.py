@@ -26,6 +26,7 @@ from bitnet_train.classes import class_named
 from bitnet_train.errors import UserError
 
 _PACKAGE = Path(__file__).parent
+_MAY_BE_ABSENT = {"callbacks", "logger", "launcher", "hparams_search"}  # groups that may have no keys
 _START = time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
@@ -129,9 +130,6 @@ class RunConfig:
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{name} must be at least 1, got {value}")
-
-
-_MAY_BE_ABSENT = {"callbacks", "logger", "launcher", "hparams_search"}
 
 
 def run_config(config: DictConfig) -> RunConfig:

@@ -54,27 +54,32 @@ class NotANumber(L.Callback):
             pl_module.model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
 
 
-class Vanish(L.Callback):
+class _AfterStep(L.Callback):
+    """Acts on the run at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Comes before the module counts the step."""
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.step + 1 == self.step:
+            self.act(trainer)
+
+    def act(self, trainer: L.Trainer) -> None:
+        """Once per micro-batch of the step."""
+        raise NotImplementedError
+
+
+class Vanish(_AfterStep):
     """Removes the run directory after a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Comes before the module counts the step."""
-        assert isinstance(pl_module, TrainingModule)
-        if pl_module.step + 1 == self.step:
-            shutil.rmtree(Path(trainer.default_root_dir), ignore_errors=True)  # once per micro-batch
+    def act(self, trainer: L.Trainer) -> None:
+        shutil.rmtree(Path(trainer.default_root_dir), ignore_errors=True)
 
 
-class Terminate(L.Callback):
+class Terminate(_AfterStep):
     """Sends SIGTERM to the run after a step, as a cluster does."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Comes before the module counts the step."""
-        assert isinstance(pl_module, TrainingModule)
-        if pl_module.step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def act(self, trainer: L.Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)

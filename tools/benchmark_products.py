@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 def ceilings(size: int, device: str) -> Iterator[Call]:
-    """What the device can do; `size` is that of the square matrices."""
+    """The most that the device can do; `size` is that of the square matrices."""
     from_, to = (torch.empty(size * size * 16, dtype=torch.uint8, device=device).random_() for _ in range(2))
     yield Call("copy", lambda: to.copy_(from_), 2 * from_.numel(), "GB/s")
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))

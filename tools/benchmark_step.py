@@ -263,7 +263,7 @@ def matrix_seconds(config: BitNetConfig, tokens: int, device: str, rounds: int) 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one contestant took for one shape: seconds of every round, bytes kept per token, and `Trainer.most`."""
+    """One contestant at one shape: seconds of every round, bytes kept per token, and `Trainer.most`."""
 
     seconds: list[float]
     kept: float

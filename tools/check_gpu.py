@@ -1,6 +1,6 @@
-"""What only a GPU can show, in one command and without a network: results, a killed run, memory, speed.
+"""Shows in one command, without a network, whatever needs a GPU: results, a killed run, memory, speed.
 
-    python tools/check_gpu.py OUT                              # about six minutes on an H200
+    python tools/check_gpu.py OUT
     python tools/check_gpu.py OUT --only tests profile         # some parts, see --help
     python tools/check_gpu.py OUT --only run --tiny            # on a CPU, to see that the parts still run
 
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +32,6 @@ ROOT = Path(__file__).parent.parent
 HELD_OUT = ("networkx", "jinja2", "json", "email")  # packages to validate on
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-_TERMINATED = 128 + signal.SIGTERM
 
 
 class Part(NamedTuple):

@@ -141,7 +141,8 @@ def folds(size: int) -> bool:
 
 def absolute_sums(rows: Tensor) -> Tensor:
     """sum |w| of every row `(rows, size)`, float64 `(rows,)`, in the order of `quant.row_sums`: to its last bit."""
-    return _absolute_sums([rows.contiguous()], [0, len(rows), len(rows), len(rows)])
+    matrices = [rows.contiguous()]
+    return _absolute_sums(matrices, _bounds(matrices))
 
 
 def _absolute_sums(matrices: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
@@ -171,19 +172,30 @@ def stacks(weights: Sequence[Tensor]) -> bool:
     )
 
 
+def _bounds(matrices: Sequence[Tensor]) -> list[int]:
+    bounds = [0, *accumulate(map(len, matrices))]
+    return bounds + bounds[-1:] * (MOST_STACKED + 1 - len(bounds))
+
+
+def absmeans(matrices: Sequence[Tensor]) -> Tensor:
+    """g of up to three contiguous matrices that `stacks` takes, see `quant.absmean`: float32, the first so many."""
+    bounds, size = _bounds(matrices), matrices[0].shape[1]
+    sums = _absolute_sums(matrices, bounds)
+    scales = torch.empty(MOST_STACKED, dtype=torch.float32, device=sums.device)
+    launch("absmeans", (len(matrices),), sums, scales, *bounds[1:], size, _PART)
+    return scales
+
+
 def stack(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Ternary codes int8 `(out, in)` of weights below each other, and the scale of every row, float32 `(out,)`.
 
     In three launches: a layer has seven weights, and its host would else launch fifty times for them.
     """
     matrices = [weight.detach().contiguous() for weight in weights]
-    bounds = [0, *accumulate(map(len, matrices))]
-    bounds += bounds[-1:] * (MOST_STACKED + 1 - len(bounds))
-    (size, device), out = (matrices[0].shape[1], matrices[0].device), bounds[-1]
-    sums = _absolute_sums(matrices, bounds)
-    scales, column = (torch.empty(count, dtype=torch.float32, device=device) for count in (MOST_STACKED, out))
-    launch("absmeans", (len(matrices),), sums, scales, *bounds[1:], size, _PART)
-    codes = torch.empty(out, size, dtype=torch.int8, device=device)
+    bounds, scales, size = _bounds(matrices), absmeans(matrices), matrices[0].shape[1]
+    out = bounds[-1]
+    codes = torch.empty(out, size, dtype=torch.int8, device=scales.device)
+    column = torch.empty(out, dtype=torch.float32, device=scales.device)
     arguments = (*_three(matrices), scales, codes, column, *bounds[1:3], size, _PART)
     launch("stacked_codes", (out, -(-size // _PART)), *arguments)
     return codes, column

@@ -15,13 +15,16 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitnet_train.kernels.gpu import ROUNDING, launch, vector
 from bitnet_train.kernels.integer_matmul import integer_matmul
+
+if TYPE_CHECKING:
+    from bitnet_train.kernels.hopper_product import Tile
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ _CHECKED = 512  # rows, the last ones, that a way is compared with torch in
 
 
 class Product(NamedTuple):
-    """What is multiplied, contiguous: int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)`."""
+    """The operands, contiguous: int8 `(tokens, in)` and `(out, in)`, float32 `(out,)` and `(tokens, 1)`."""
 
     codes: Tensor
     ternary: Tensor
@@ -101,17 +104,20 @@ def _way(product: Product) -> Way:
     aligned = not any(matrix.data_ptr() % _ALIGNED for matrix in (product.codes, product.ternary))
     if tokens < _SMALLEST or out % 8 or not aligned or product.codes.device.type != "cuda":
         return _in_one
-    if product.kind not in _FASTEST:
+    kind = product.kind
+    if (way := _FASTEST.get(kind)) is None:
         hopper = list(_hopper_ways(product).values())
-        _FASTEST[product.kind] = _fastest(product, hopper) or _fastest(product, [_in_one]) or _in_two
-    return _FASTEST[product.kind]
+        way = _FASTEST[kind] = _fastest(product, hopper) or _fastest(product, [_in_one]) or _in_two
+    return way
 
 
 def _fastest(product: Product, ways: list[Way]) -> Way | None:
     """The fastest of these ways and of `_in_two`; None where none of these ways works."""
+    if not ways:
+        return None
     expected = _expected(product)
     times = {way: _milliseconds(way, product, expected) for way in ways}
-    if not ways or min(times.values()) == math.inf:
+    if min(times.values()) == math.inf:
         return None
     times[_in_two] = _milliseconds(_in_two, product, expected)
     return min(times, key=lambda way: times[way])
@@ -176,7 +182,7 @@ def _hopper_ways(product: Product) -> dict[str, Way]:
         return {}
     in_lines = product.residual is None and product.dtype == torch.bfloat16
     return {
-        f"hopper, {tile.rows}x{tile.columns}x{tile.features}": partial(_on_hopper, tile)
+        f"hopper, {tile.rows}x{tile.columns}x{tile.features}": partial(_on_hopper, programs.linear, tile)
         for tile in programs.TILES
         if tile.coalesced == in_lines
     }
@@ -209,10 +215,9 @@ def _tiles_of(rows: int, features: int) -> Callable[[Tensor], Any]:
     return lambda matrix: TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
 
 
-def _on_hopper(tile: "hopper_product.Tile", product: Product) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
+def _on_hopper(program: Any, tile: "Tile", product: Product) -> Tensor:
     (tokens, size), out = product.codes.shape, len(product.ternary)
-    y, programs = product.result(), _hopper_programs()
-    assert programs is not None
+    y = product.result()
     matrices = (
         _tiles_of(tile.rows, tile.features)(product.codes),
         _tiles_of(tile.columns, tile.features)(product.ternary),
@@ -221,5 +226,5 @@ def _on_hopper(tile: "hopper_product.Tile", product: Product) -> Tensor:  # type
     grid = (min(most, -(-tokens // tile.rows) * -(-out // tile.columns)),)
     constants = (tile.rows, tile.columns, tile.features, tile.stages, tile.coalesced)
     options = {"num_warps": tile.warps, **ROUNDING} | ({"maxnreg": tile.registers} if tile.registers else {})
-    programs.linear[grid](*matrices, *product[2:-1], y, tokens, out, size, *constants, **options)
+    program[grid](*matrices, *product[2:-1], y, tokens, out, size, *constants, **options)
     return y

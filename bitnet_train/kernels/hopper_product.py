@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     coalesced: bool
 
 
-# The fastest of a dozen at 2B4T's shapes on an H200: which of the two wins depends on the shape, and is tried.
+# The fastest of six at 2B4T's shapes on an H200: which of two wins depends on the shape, and is tried.
 TILES = (
     Tile(128, 256, 128, 3, 8, 1, None, True),
     Tile(128, 128, 64, 4, 4, 2, 128, True),

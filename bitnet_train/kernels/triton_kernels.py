@@ -247,25 +247,30 @@ def absmeans(sums, scales, second, third, rows, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _code(value, half):
+    """-1 where a weight is below -half, 1 where it is above half, else 0."""
+    return (value > half).to(tl.int8) - (value < -half).to(tl.int8)
+
+
+@triton.jit
 def stacked_codes(a, b, c, scales, codes, column, second, third, size, BLOCK: tl.constexpr):
-    """A part of a row of matrices below each other: -1 where w < -g / 2, 1 where w > g / 2, else 0; and the row's g."""
+    """A part of a row of matrices below each other: the codes of w with half = g / 2; and the row's g."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = tl.load(scales + (row >= second).to(tl.int32) + (row >= third).to(tl.int32))
     i = part * BLOCK + tl.arange(0, BLOCK)
     start = _start_of_row(a, b, c, row, second, third, size)
-    value, half = tl.load(start + i, i < size, other=0.0).to(tl.float32), scale * 0.5
-    tl.store(codes + row * size + i, (value > half).to(tl.int8) - (value < -half).to(tl.int8), i < size)
+    value = tl.load(start + i, i < size, other=0.0).to(tl.float32)
+    tl.store(codes + row * size + i, _code(value, scale * 0.5), i < size)
     if part == 0:
         tl.store(column + row, scale)
 
 
 @triton.jit
 def ternary_codes(w, half, codes, count, BLOCK: tl.constexpr):
-    """-1 where w < -half, 1 where w > half, else 0."""
+    """A part of an array: the codes of w."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value, threshold = tl.load(w + i, i < count, other=0.0).to(tl.float32), tl.load(half)
-    code = (value > threshold).to(tl.int8) - (value < -threshold).to(tl.int8)
-    tl.store(codes + i, code, i < count)
+    value = tl.load(w + i, i < count, other=0.0).to(tl.float32)
+    tl.store(codes + i, _code(value, tl.load(half)), i < count)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What needs a GPU: it computes what the CPU does, a killed run goes on bit for bit, one rank of NCCL is the whole."""
+"""A GPU computes what the CPU does, a killed run goes on bit for bit, one rank of NCCL is the whole."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 class Root(nn.Module):
-    """What FSDP calls the root: its methods run the decoder."""
+    """FSDP calls it the root: its methods run the decoder."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ GROUPS: dict[str, object] = {path.name: {} for path in CONF_DIR.iterdir() if pat
 @pytest.mark.parametrize("value", ["grad_clip_pe", None, [1], 3])
 @pytest.mark.parametrize("group", ["optimizer", "model", "trainer"])
 def test_a_group_is_keys_with_values(group: str, value: object) -> None:
-    """What a recipe that ends in the middle of a line leaves of its last group."""
+    """A recipe that ends in the middle of a line leaves a text of its last group."""
     with pytest.raises(UserError, match=f"^{group} must be keys with values, got"):
         run_config(OmegaConf.create({**GROUPS, group: value, "recipe_name": "mine"}))
 

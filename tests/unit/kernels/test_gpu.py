@@ -177,6 +177,8 @@ def test_stacked_weights_are_those_of_quant(dtype: torch.dtype, rows: list[int],
     got, want = both(lambda: stack(weights))
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+    alone = torch.cat([absmean(weight).expand(len(weight)) for weight in weights])  # an export's scales are training's
+    torch.testing.assert_close(got[1], alone, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_not_stacked() -> None:

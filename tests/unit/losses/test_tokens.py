@@ -108,7 +108,7 @@ def test_correct_tokens_are_those_with_the_highest_logit(
 
 @pytest.mark.parametrize("loss", [cross_entropy_sum, token_logps])
 def test_labels_of_other_positions_are_refused(loss: Callable[..., torch.Tensor]) -> None:
-    """What forgetting one side of the shift makes."""
+    """Whoever forgets one side of the shift makes such labels."""
     hidden, weight, labels = problem()
     with pytest.raises(ValueError, match=r"labels must have the positions of hidden \(3, 7, 16\), got \(3, 6\)"):
         loss(hidden, weight, labels[:, 1:])

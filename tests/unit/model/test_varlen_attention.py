@@ -32,7 +32,7 @@ def one_document_at_a_time(
     window_size: tuple[int, int],
     enable_gqa: bool = True,
 ) -> Tensor:
-    """What torch's `varlen_attn` says it does: `(tokens, heads, head_dim)` each, fewer heads of keys and values."""
+    """The same by torch's plain attention: `(tokens, heads, head_dim)` each, fewer heads of keys and values."""
     assert window_size == (-1, 0)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths = cu_seq_q.diff().tolist()
